@@ -1,0 +1,374 @@
+"""INI text in, frozen and validated sections out.
+
+Every script reads its settings once, through `load_config`, and hands them down; no other room opens an INI file. What wins, from
+the weakest: the defaults below (``config_default.ini`` explains them, a test keeps the two alike), ``config.ini`` of the
+current folder, ``--config FILE``, ``--set section.key=value``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import configparser
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_FILE = Path(__file__).with_name("config_default.ini")
+#: What a checkpoint knows better than the defaults: how its network wants to see images, and what was tuned for it.
+CHECKPOINT_KEYS = (
+    "default.width", "param.threshold", "param.threshold_edge", "param.threshold_mark", "pre.channels", "pre.percentile_low",
+    "pre.percentile_high", "pre.stretch", "contour.detect", "contour.exclusive",
+)  # fmt: skip
+
+T = TypeVar("T")
+
+
+def _split_list(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _parse_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _empty_to_none(value: Any) -> Any:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _views(value: Any) -> Any:
+    """Old files say True or False, new ones name the views."""
+    if isinstance(value, str) and value.strip().lower() in {"true", "yes", "on", "1"}:
+        return ("flips",)
+    if isinstance(value, str) and value.strip().lower() in {"false", "no", "off", "0", "none"}:
+        return ()
+    return _split_list(value)
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
+Views = Annotated[tuple[str, ...], BeforeValidator(_views)]
+Channels = Annotated[tuple[int, ...], BeforeValidator(_split_list), Field(max_length=3)]
+Triple = Annotated[tuple[float, float, float], BeforeValidator(_parse_json)]
+OptionalPath = Annotated[Path | None, BeforeValidator(_empty_to_none)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Default(Section):
+    width: int = Field(256, ge=16)
+    branch_marker: bool | None = None
+    branch_contour: bool | None = None
+
+
+class Param(Section):
+    model: str = "camunet"
+    conv_order: str = "can"
+    activation: Literal["relu", "leaky_relu", "elu", "silu"] = "relu"
+    norm: Literal["batch", "instance", "group", "none"] = "batch"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    learn_rate: float = Field(0.002, gt=0)
+    weight_map: bool = True
+    weight: str = "border"
+    threshold: Fraction = 0.5
+    threshold_edge: Fraction = 0.5
+    threshold_mark: Fraction = 0.5
+    gcd_depth: int | None = None
+
+
+class Contour(Section):
+    detect: bool = True
+    exclusive: bool = False
+    precise: bool = False
+    adjacent_boundary_only: bool = False
+
+
+class Loss(Section):
+    semantic: str = "wbce + dice"
+    contour: str = "wbce + dice"
+    marker: str = "bce + dice"
+
+
+class Train(Section):
+    n_epoch: int = Field(100, ge=1)
+    minutes: float = Field(0, ge=0)
+    n_ckpt_epoch: int = Field(10, ge=1)
+    n_cv_epoch: int = Field(5, ge=1)
+    n_batch: int = Field(10, ge=1)
+    n_worker: int = Field(2, ge=0)
+    print_freq: int = Field(10, ge=1)
+    balance_group: bool = False
+    log_name: str = ""
+    seed: int = Field(1, ge=0)
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    weight_decay: float = Field(0.01, ge=0)
+    schedule: str = "cosine"
+    warm_up: Fraction = 0.1
+    step_epochs: int = Field(300, ge=1)
+    step_factor: float = Field(0.3, gt=0, le=1)
+    clip_norm: float = Field(1.0, ge=0)
+    ema: float = Field(0.998, ge=0, lt=1)
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    n_image_log: int = Field(4, ge=0)
+
+
+class Valid(Section):
+    figure_pos_x: int | None = Field(None)
+    figure_pos_y: int | None = Field(None)
+    pred_orig_size: bool = True
+    padding: Literal["reflect", "replicate", "black", "white"] = "reflect"
+    border: int = Field(32, ge=0)
+    view_color_equalize: bool = False
+    print_table: bool = False
+    test_time_augment: Views = ("flips",)
+    ensemble: Literal["avg", "vote"] = "avg"
+
+
+class Pre(Section):
+    mean: Triple = (0.5, 0.5, 0.5)
+    std: Triple = (0.5, 0.5, 0.5)
+    channels: Channels = ()
+    percentile_low: float = Field(0.1, ge=0, lt=100)
+    percentile_high: float = Field(99.9, gt=0, le=100)
+    stretch: bool = True
+    label_to_binary: bool = True
+    random_crop: bool = True
+    flip: bool = True
+    rotate: bool = True
+    min_scale: float = Field(0.6, gt=0)
+    max_scale: float = Field(1.7, gt=0)
+    aspect: float = Field(0.15, ge=0, lt=1)
+    elastic_distortion: bool = True
+    color_invert: bool = False
+    color_jitter: bool = True
+    color_equalize: bool = False
+    gray: bool = True
+    color_space_shift: bool = True
+    channel_shuffle: bool = True
+    add_noise: bool = False
+    fill_holes: bool = False
+    min_object_size: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Pre:
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"min_scale {self.min_scale} is above max_scale {self.max_scale}")
+        if self.percentile_low >= self.percentile_high:
+            raise ValueError(f"percentile_low {self.percentile_low} is not below percentile_high {self.percentile_high}")
+        if any(s <= 0 for s in self.std):
+            raise ValueError(f"std {list(self.std)} must be positive")
+        return self
+
+
+class Post(Section):
+    segmentation: bool = True
+    policy: str = "ws"
+    marker: str = "auto"
+    seg_ratio: float = Field(0.8, gt=0, le=1)
+    seg_scale: float = Field(0.3, gt=0)
+    remove_objects: bool = True
+    min_object_size: int = Field(12, ge=0)
+    fill_holes: bool = True
+    filter_fiber: bool = False
+
+
+class Dataset(Section):
+    csv_file: OptionalPath = None
+    source: Names = ()
+    major_category: Names = ()
+    sub_category: Names = ()
+    cv_ratio: float = Field(0.1, ge=0, lt=1)
+    cv_seed: int = 1
+    cv_group: Literal["patient", "image"] = "patient"
+    valid_ids: OptionalPath = None
+    on_bad: Literal["refuse", "skip"] = "refuse"
+    cache_dir: OptionalPath = None
+
+
+class Config(Section):
+    """All settings of a run.
+
+    Attributes
+    ----------
+    widths : dict of str to int
+        Input size of the networks that have a section of their own.
+    user_set : frozenset of str
+        ``section.key`` of everything the user chose; the rest may give way to what a checkpoint knows.
+    """
+
+    default: Default = Default()
+    param: Param = Param()
+    contour: Contour = Contour()
+    loss: Loss = Loss()
+    train: Train = Train()
+    valid: Valid = Valid()
+    pre: Pre = Pre()
+    post: Post = Post()
+    dataset: Dataset = Dataset()
+    widths: Mapping[str, int] = {}
+    user_set: frozenset[str] = frozenset()
+
+    @property
+    def width(self) -> int:
+        """Side of the square the network is trained on, in pixels."""
+        return self.widths.get(self.param.model, self.default.width)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Probability above which a pixel belongs, per head."""
+        return {
+            "semantic": self.param.threshold,
+            "contour": self.param.threshold_edge,
+            "marker": self.param.threshold_mark,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested types only, as a checkpoint holds them."""
+        return self.model_dump(mode="json", exclude={"user_set"})
+
+    def inherit(self, saved: Mapping[str, Any], keys: Iterable[str] = CHECKPOINT_KEYS) -> Config:
+        """This configuration with `keys` taken from `saved` (a `to_dict`), except where the user chose."""
+        dump = self.model_dump()
+        for key in keys:
+            section, name = key.split(".")
+            if key not in self.user_set and name in saved.get(section, {}):
+                dump[section][name] = saved[section][name]
+        return Config.model_validate(dump)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation  # type: ignore[misc]
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+_DEPRECATED = {
+    "default.branch_marker": "the heads are a fact of the network now",
+    "default.branch_contour": "the heads are a fact of the network now",
+    "param.gcd_depth": "the stride is a fact of the network now",
+}
+
+
+def pick(table: Mapping[str, T], name: str, what: str = "name") -> T:
+    """Look `name` up in `table`; an unknown name is a ValueError that lists the table and the nearest entry."""
+    if name in table:
+        return table[name]
+    raise ValueError(f"unknown {what} '{name}'{_nearest(name, table)}; there are: {', '.join(table)}")
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), folder: str | Path = ".") -> Config:
+    """Read the layers of settings and validate them.
+
+    Parameters
+    ----------
+    path : path, optional
+        An INI file of the user (``--config``); it must exist.
+    overrides : sequence of str
+        ``section.key=value`` each (``--set``).
+    folder : path
+        Where a ``config.ini`` is looked for.
+
+    Raises
+    ------
+    FileNotFoundError
+        `path` does not exist.
+    ValueError
+        An unknown section or key, or a value of the wrong type; the message names file, section, key and the nearest known one.
+    """
+    layers = [_read_ini(file) for file in (DEFAULT_FILE, Path(folder) / "config.ini") if file.is_file()]
+    n_shipped = int(DEFAULT_FILE.is_file())
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--config {path}: no such file")
+        layers.append(_read_ini(Path(path)))
+    layers.append(_read_overrides(overrides))
+    values: dict[str, dict[str, str]] = {}
+    origin: dict[str, str] = {}
+    for layer in layers:
+        for (section, key), (value, source) in layer.items():
+            values.setdefault(section, {})[key] = value
+            origin[f"{section}.{key}"] = source
+    user_set = frozenset(f"{section}.{key}" for layer in layers[n_shipped:] for section, key in layer)
+    for key in user_set & _DEPRECATED.keys():
+        logger.warning("%s: %s is ignored: %s", origin[key], key, _DEPRECATED[key])
+    sections = {name: values.pop(name, {}) for name in SECTIONS}
+    widths = {name: keys["width"] for name, keys in values.items() if "width" in keys}
+    try:
+        return Config.model_validate({**sections, "widths": widths, "user_set": user_set})
+    except ValidationError as error:
+        raise ValueError(_explain(error, origin)) from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options every script shares."""
+    parser.add_argument("--config", metavar="FILE", help="settings read over config_default.ini and config.ini")
+    parser.add_argument("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="one setting; repeatable")
+    parser.add_argument("--data", metavar="DIR", type=Path, default=Path("data"), help="data folder (default: data)")
+    parser.add_argument(
+        "--checkpoint-dir", metavar="DIR", type=Path, default=Path("checkpoint"), help="default: checkpoint"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _read_ini(path: Path) -> dict[tuple[str, str], tuple[str, str]]:
+    # No interpolation (a % is a %), no leaking default section, and a comment behind a value is a comment.
+    parser = configparser.ConfigParser(default_section="\0", interpolation=None, inline_comment_prefixes=(";",))
+    try:
+        parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
+    except (configparser.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    layer = {}
+    for section in parser.sections():
+        for key, value in parser.items(section):
+            layer[_known(section, key, str(path))] = (value, str(path))
+    return layer
+
+
+def _read_overrides(overrides: Sequence[str]) -> dict[tuple[str, str], tuple[str, str]]:
+    layer = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not (equals and dot):
+            raise ValueError(f"--set {text}: wanted section.key=value, such as train.n_epoch=20")
+        layer[_known(section, key, f"--set {text}")] = (value.strip(), f"--set {text}")
+    return layer
+
+
+def _known(section: str, key: str, source: str) -> tuple[str, str]:
+    """Check one key. A section of another name is a network's own and may hold what [DEFAULT] may."""
+    name = "default" if section == "DEFAULT" else section
+    fields = SECTIONS.get(name, Default).model_fields
+    if key in fields:
+        return name, key
+    if name not in SECTIONS and (near := _nearest(name, SECTIONS)):
+        raise ValueError(f"{source}: unknown section [{section}]{near}")
+    elsewhere = [f"[{other.replace('default', 'DEFAULT')}] {key}" for other, model in SECTIONS.items() if key in model.model_fields]
+    hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else _nearest(key, fields)
+    raise ValueError(f"{source}: unknown key '{key}' in section [{section}]{hint}")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _explain(error: ValidationError, origin: Mapping[str, str]) -> str:
+    """The first complaint of pydantic, with the place the value came from."""
+    first = error.errors()[0]
+    section, *rest = (str(part) for part in first["loc"])
+    key = rest[0] if rest else ""
+    if section == "widths":
+        section, key = key, "width"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"[{section}]: {message}"
+    return f"{origin.get(f'{section}.{key}', 'defaults')}: [{section}] {key} = {first['input']}: {message}"

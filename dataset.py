@@ -1,0 +1,154 @@
+"""Records -> samples -> batches.
+
+Batches are made by threads: decoding, warping and distance transforms leave the interpreter's lock alone, and what threads
+make needs no shared memory, no pickling and no copy between processes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from config import Config
+from image import Cache
+from record import Record, balance_weights
+from target import make_targets, plan_targets
+from transform import Sample, build_transform
+
+Batch = dict[str, Tensor]
+
+
+class NucleiDataset:
+    """Augmented samples with their targets.
+
+    Parameters
+    ----------
+    records : sequence of Record
+        With masks.
+    cache : Cache
+    config : Config
+    heads : tuple of str
+        What the network learns.
+
+    Notes
+    -----
+    An item depends on ``(seed, epoch, index)`` alone: it is the same whatever the number of threads.
+    """
+
+    def __init__(self, records: Sequence[Record], cache: Cache, config: Config, heads: tuple[str, ...]) -> None:
+        lacking = [record.id for record in records if record.masks is None]
+        if lacking:
+            raise ValueError(f"{len(lacking)} images have no masks to learn from, such as '{lacking[0]}'")
+        self.records = list(records)
+        self.cache = cache
+        self.seed = config.train.seed
+        self.plan = plan_targets(heads, config.pre, config.contour)
+        self.weight = config.param.weight if config.param.weight_map else None
+        self.transform = build_transform(config.pre, config.width, config.contour.precise)
+        self.clean = build_cleaner(config)
+        self.balance = balance_weights(records) if config.train.balance_group else None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def sample(self, index: int) -> Sample:
+        """Image and labels as they are on disk."""
+        record = self.records[index]
+        assert record.masks is not None
+        labels = self.clean(self.cache.labels(record.image, record.masks))
+        return Sample(self.cache.image(record.image), labels, record.id, record.sub_category)
+
+    def item(self, index: int, epoch: int) -> dict[str, NDArray]:
+        """One augmented item.
+
+        Returns
+        -------
+        dict
+            "image" -> (3, H, W) uint8, head -> (1, H, W) float32, "weight" -> (1, H, W) float32 where the settings ask for it.
+        """
+        sample = self.transform(self.sample(index), np.random.default_rng([self.seed, epoch, index]))
+        image = np.ascontiguousarray(sample.image.transpose(2, 0, 1))
+        return {"image": image, **make_targets(sample.labels, self.plan, self.weight)}
+
+    def order(self, epoch: int) -> list[int]:
+        """Which items an epoch holds, in order: all once, or drawn by their balance weights."""
+        rng = np.random.default_rng([self.seed, epoch])
+        if self.balance is None:
+            return rng.permutation(len(self)).tolist()
+        # Systematic resampling: each comes as often as it should, give or take one.
+        steps = np.cumsum(self.balance)
+        drawn = np.searchsorted(steps, np.arange(len(self)) + rng.random(), side="right")
+        return rng.permutation(np.minimum(drawn, len(self) - 1)).tolist()
+
+
+def build_cleaner(config: Config) -> Callable[[NDArray[np.int32]], NDArray[np.int32]]:
+    """What ``[pre] fill_holes`` and ``min_object_size`` do to the ground truth."""
+    from labels import fill_holes, relabel, remove_small
+
+    pre = config.pre
+    if not (pre.fill_holes or pre.min_object_size):
+        return lambda labels: labels
+
+    def clean(labels: NDArray[np.int32]) -> NDArray[np.int32]:
+        labels = np.array(labels)
+        labels = fill_holes(labels) if pre.fill_holes else labels
+        return relabel(remove_small(labels, pre.min_object_size))
+
+    return clean
+
+
+def collate(items: Sequence[dict[str, NDArray]]) -> Batch:
+    """Stack items to a batch; the image stays uint8."""
+    return {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in items[0]}
+
+
+class Loader:
+    """Batches of an epoch, made ahead by threads, in a fixed order.
+
+    Parameters
+    ----------
+    dataset : NucleiDataset
+    n_batch : int
+    n_worker : int
+        Threads; 0 makes each batch when it is asked for.
+    """
+
+    def __init__(self, dataset: NucleiDataset, n_batch: int, n_worker: int) -> None:
+        self.dataset, self.n_batch, self.n_worker = dataset, n_batch, n_worker
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.n_batch)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch; at most ``n_worker + 1`` wait at a time."""
+        order = self.dataset.order(epoch)
+        chunks = [order[i : i + self.n_batch] for i in range(0, len(order), self.n_batch)]
+
+        def make(chunk: list[int]) -> Batch:
+            return collate([self.dataset.item(index, epoch) for index in chunk])
+
+        if self.n_worker == 0:
+            yield from map(make, chunks)
+            return
+        pool = ThreadPoolExecutor(self.n_worker, thread_name_prefix="loader")
+        try:
+            ahead = self.n_worker + 1
+            waiting = deque(pool.submit(make, chunk) for chunk in chunks[:ahead])
+            for i in range(len(chunks)):
+                batch = waiting.popleft().result()
+                if i + ahead < len(chunks):
+                    waiting.append(pool.submit(make, chunks[i + ahead]))
+                yield batch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def build_loader(records: Sequence[Record], cache: Cache, config: Config, heads: tuple[str, ...]) -> Loader:
+    """The loader of the training records, as the settings have it."""
+    return Loader(NucleiDataset(records, cache, config, heads), config.train.n_batch, config.train.n_worker)

@@ -1,0 +1,258 @@
+"""What a run needs beside its subject: device, precision, seeds, meters, checkpoints, and a script that fails in one line."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from config import Config, add_arguments, load_config
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_FORMAT = 1
+#: What `find_checkpoint` falls back to: the weights the toolkit ships.
+DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "default.pkl"
+#: M_MMAP_MAX: no block is mapped by itself; M_TRIM_THRESHOLD: nothing is given back; M_TOP_PAD: grow by 64 MB.
+_MALLOC_OPTIONS = ((-4, 0), (-1, 2**31 - 1), (-2, 2**26))
+_CHECKPOINT_KEYS = ("format", "model", "options", "weights", "epoch", "config")
+
+
+# Scripts
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with the shared options, whose help is the docstring of the script."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    return parser
+
+
+def run_script(main: Callable[[Config, argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse, read the settings, run, and turn what the user got wrong into one line.
+
+    Returns
+    -------
+    int
+        The exit code: what `main` returns, 2 for the user's error, 130 when interrupted.
+    """
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        return main(load_config(args.config, args.set), args)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+# Device
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of that name; `auto` is cuda, else mps, else cpu.
+
+    Raises
+    ------
+    ValueError
+        No such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"[train] device = {name}: {' '.join(str(error).split())[:160]}") from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type of autocast.
+
+    `auto` is bfloat16 on a GPU that computes in it, float16 on other GPUs of CUDA, and on a CPU bfloat16 where a convolution is
+    clearly faster in it (many CPUs have the instructions and gain nothing by them), else float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and 1.2 * _convolution_time(torch.bfloat16) < _convolution_time(torch.float32):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _convolution_time(precision: torch.dtype) -> float:
+    """Seconds that a typical convolution takes on the CPU, forward and backward; the least of a few."""
+    layer = nn.Conv2d(32, 32, 3, padding=1).to(precision, memory_format=torch.channels_last)
+    image = torch.zeros(4, 32, 96, 96, dtype=precision).contiguous(memory_format=torch.channels_last).requires_grad_()
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        layer(image).sum().backward()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Mixed precision; does nothing for float32."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what draws from a global generator; samples are drawn from generators of their own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def prepare_process() -> None:
+    """Settings of the process that make a run faster and change no result.
+
+    OpenCV gets one thread a call, since the loader's threads already fill the cores. The C library keeps freed memory: giving
+    the large tensors of a training step back to the system, and faulting them in again, cost 40 percent of a step on a CPU.
+    """
+    cv2.setNumThreads(1)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            for option, value in _MALLOC_OPTIONS:
+                libc.mallopt(option, value)
+
+
+# Meters
+
+
+class Meter:
+    """The last value and the mean of all since `reset`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.value, self.total, self.count = 0.0, 0.0, 0
+
+    def update(self, value: float, n: int = 1) -> None:
+        self.value = value
+        self.total += value * n
+        self.count += n
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(self.count, 1)
+
+
+# Checkpoints
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint; a crash at any moment leaves the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
+        try:
+            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    os.replace(file.name, path)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU; it can hold tensors and plain types only.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        Not a checkpoint of this toolkit, or of a later format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle and zip errors alike
+        raise ValueError(f"{path}: not a readable checkpoint: {' '.join(str(error).split())[:160]}") from None
+    missing = [key for key in _CHECKPOINT_KEYS if key not in state] if isinstance(state, dict) else ["everything"]
+    if missing:
+        raise ValueError(f"{path}: not a checkpoint of this toolkit (without {', '.join(missing)})")
+    if state["format"] > CHECKPOINT_FORMAT:
+        raise ValueError(f"{path}: format {state['format']}, this version reads up to {CHECKPOINT_FORMAT}; update the toolkit")
+    return state
+
+
+def write_current(folder: Path, name: str, epoch: int) -> None:
+    """Note in ``current.json`` where training stands."""
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+        json.dump({"checkpoint": name, "epoch": epoch}, file)
+    os.replace(file.name, folder / "current.json")
+
+
+def read_current(folder: Path) -> Path | None:
+    """The checkpoint that ``current.json`` points to, None where training has not begun.
+
+    Raises
+    ------
+    ValueError
+        The file is broken.
+    """
+    note = folder / "current.json"
+    if not note.is_file():
+        return None
+    try:
+        return folder / json.loads(note.read_text())["checkpoint"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{note}: broken; delete it, or start anew with --no-resume") from None
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """``best.pkl``, else the newest of the folder, else the weights that ship.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is none.
+    """
+    if (folder / "best.pkl").is_file():
+        return folder / "best.pkl"
+    found = sorted(folder.glob("*.pkl"), key=lambda path: path.stat().st_mtime)
+    if found:
+        return found[-1]
+    if DEFAULT_WEIGHTS.is_file():
+        return DEFAULT_WEIGHTS
+    raise FileNotFoundError(f"{folder}: no checkpoint; train one with train.py, or name one")
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move an earlier run's checkpoints and log to ``previous``, so that a new run loses nothing of the last one."""
+    files = [*folder.glob("*.pkl"), *folder.glob("current.json"), *folder.glob("log")]
+    if not files:
+        return None
+    previous = folder / "previous"
+    shutil.rmtree(previous, ignore_errors=True)
+    previous.mkdir(parents=True)
+    for file in files:
+        file.rename(previous / file.name)
+    return previous

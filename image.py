@@ -1,0 +1,311 @@
+"""Any image or label file -> array, the policy that brings intensities to 8 bits, and the cache of what was decoded.
+
+Decoded images and label maps are written once to disk and opened as memory maps from then on, so that all threads, processes
+and later runs share one copy, and nothing is ever sent from one process to another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import imagecodecs
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+from PIL import Image
+
+from labels import relabel
+
+logger = logging.getLogger(__name__)
+
+PNG_MAGIC = b"\x89PNG"
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+#: The least range of gray levels that `stretch` widens to the full one.
+STRETCH_FLOOR = 16
+_CACHE_FORMAT = 1
+
+
+class ImageError(ValueError):
+    """A file that cannot be used; the message names it."""
+
+
+class Pixels(NamedTuple):
+    """A decoded file: `array` is (H, W) or (H, W, C); `alpha` says that the last channel is opacity."""
+
+    array: NDArray
+    alpha: bool
+
+
+def read_image(
+    path: str | Path,
+    channels: Sequence[int] = (),
+    percentiles: tuple[float, float] = (0.1, 99.9),
+    stretch: bool = False,
+) -> NDArray[np.uint8]:
+    """Read an image as 8-bit RGB.
+
+    8-bit pixels are taken as they are; 16-bit and float ones are scaled between two percentiles of the image. Gray becomes
+    three equal channels, alpha is dropped.
+
+    Parameters
+    ----------
+    path : path
+        PNG, TIFF, JPEG, or whatever Pillow reads.
+    channels : sequence of int, at most three
+        Which channels become red, green, blue; one becomes gray, of two the third is black. Needed where an image has
+        two, or more than three, that are no colours.
+    percentiles : (float, float)
+        Intensities that become 0 and 255.
+    stretch : bool
+        Scale 8-bit images too, so that a dim one shows a network as much as a bright one.
+
+    Returns
+    -------
+    (H, W, 3) uint8
+
+    Raises
+    ------
+    ImageError
+        Unreadable or empty file, z or time stack, channels that cannot be guessed.
+    """
+    array, alpha = _decode(Path(path))
+    if array.ndim == 2:
+        array = array[..., None]
+    if alpha:
+        array = array[..., :-1]
+    return _to_uint8(_pick_channels(array, channels, path), percentiles, stretch, path)
+
+
+def read_labels(masks: Path | Sequence[Path], shape: tuple[int, int] | None = None) -> NDArray[np.int32]:
+    """Read the nuclei of an image, from one label map or from one mask a nucleus.
+
+    A pixel that several masks claim goes to the smallest of them (then a nucleus lying on a larger one survives), of equal
+    ones to the first by file name. A mask is where its file exceeds half of its maximum; one without a pixel is skipped with a
+    warning.
+
+    Parameters
+    ----------
+    masks : path or sequence of paths
+        A label map (0 is background), or one file per nucleus.
+    shape : (int, int), optional
+        Shape of the image, which every file must have. Needed where there may be no mask at all.
+
+    Returns
+    -------
+    (H, W) int32
+        Labels 1..N without gaps.
+
+    Raises
+    ------
+    ImageError
+        Unreadable file, or one of another shape than `shape`.
+    """
+    if isinstance(masks, Path):
+        return _read_label_map(masks, shape)
+    if not masks and shape is None:
+        raise ImageError("no masks and no image shape: how large is the label map?")
+    pixels = []
+    for path in sorted(masks):
+        mask = _read_mask(path)
+        shape = shape or mask.shape  # type: ignore[assignment]
+        _check_shape(path, mask.shape, shape)
+        inside = np.flatnonzero(mask)
+        if inside.size:
+            pixels.append(inside)
+        else:
+            logger.warning("%s: empty mask, skipped", path)
+    assert shape is not None
+    labels = np.zeros(shape, np.int32)
+    # Painted from the largest to the smallest; a stable sort from the end lets the first of equals be painted last.
+    order = sorted(range(len(pixels)), key=lambda i: (pixels[i].size, i), reverse=True)
+    for i in order:
+        labels.ravel()[pixels[i]] = i + 1
+    return relabel(labels)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Decoded images and label maps on disk.
+
+    Parameters
+    ----------
+    folder : path
+        Where the arrays lie; made when first needed.
+    channels, percentiles, stretch
+        As in `read_image`; part of the key.
+
+    Notes
+    -----
+    An entry is keyed by the paths, sizes and modification times of the files it comes from: a changed file is decoded again, and
+    its old entry removed. Entries appear atomically, so several processes may fill one cache.
+    """
+
+    folder: Path
+    channels: tuple[int, ...] = ()
+    percentiles: tuple[float, float] = (0.1, 99.9)
+    stretch: bool = False
+    _keys: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def _policy(self) -> tuple[tuple[int, ...], tuple[float, float], bool]:
+        return self.channels, self.percentiles, self.stretch
+
+    def image(self, path: Path) -> NDArray[np.uint8]:
+        """The image as `read_image` gives it, (H, W, 3) uint8, as a read-only memory map."""
+        return self._open(path, [path], "image", lambda: read_image(path, *self._policy))
+
+    def labels(self, path: Path, masks: Path | Sequence[Path]) -> NDArray[np.int32]:
+        """The label map that belongs to the image at `path`, (H, W) int32, as a read-only memory map."""
+        files = [path, masks] if isinstance(masks, Path) else [path, *masks]
+        return self._open(path, files, "labels", lambda: read_labels(masks, self.image(path).shape[:2]))
+
+    def _open(self, path: Path, files: Sequence[Path], kind: str, decode) -> NDArray:
+        # A name is computed once a run: training must not read the time stamps of 29,000 masks in every epoch.
+        memo = path / kind
+        if memo not in self._keys:
+            self._keys[memo] = self._name(path, files, kind)
+        entry = self.folder / self._keys[memo]
+        try:
+            return np.load(entry, mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError):
+            self._store(entry, decode())
+        return np.load(entry, mmap_mode="r")
+
+    def _name(self, path: Path, files: Sequence[Path], kind: str) -> str:
+        """`<hash of the path>-<hash of what determines the content>.<kind>.npy`"""
+        digest = hashlib.sha1(repr((_CACHE_FORMAT, kind, *(self._policy if kind == "image" else ()))).encode())
+        for file in files:
+            try:
+                stat = os.stat(file)
+            except FileNotFoundError:
+                raise ImageError(f"{file}: no such file") from None
+            digest.update(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        place = hashlib.sha1(str(path.resolve()).encode())
+        return f"{place.hexdigest()[:20]}-{digest.hexdigest()[:20]}.{kind}.npy"
+
+    def _store(self, entry: Path, array: NDArray) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
+                np.save(file, array)
+        except OSError as error:
+            raise OSError(f"cannot write the cache in {self.folder} ({error}); choose [dataset] cache_dir") from error
+        os.replace(file.name, entry)
+        place, kind = entry.name.split("-")[0], entry.name.split(".", 1)[1]
+        for old in self.folder.glob(f"{place}-*.{kind}"):
+            if old != entry:
+                old.unlink(missing_ok=True)
+
+
+def _decode(path: Path) -> Pixels:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not data:
+        raise ImageError(f"{path}: empty file")
+    try:
+        if data.startswith(PNG_MAGIC):
+            array = imagecodecs.png_decode(data)
+            return Pixels(array, array.ndim == 3 and array.shape[-1] in (2, 4))
+        if data.startswith(TIFF_MAGIC):
+            return _decode_tiff(path, data)
+        return _decode_other(data)
+    except ImageError:
+        raise
+    except Exception as error:  # every codec has errors of its own, and all of them mean the same to the user
+        raise ImageError(f"{path}: not a readable image: {' '.join(str(error).split())[:200]}") from None
+
+
+def _decode_tiff(path: Path, data: bytes) -> Pixels:
+    with tifffile.TiffFile(BytesIO(data)) as file:
+        series = file.series[0]
+        array = series.asarray()
+        axes = series.axes
+        extra = file.pages[0].extrasamples  # type: ignore[union-attr]
+    kept = [axis for axis, n in zip(axes, array.shape, strict=True) if n > 1 or axis in "YX"]
+    array = array.reshape([n for axis, n in zip(axes, array.shape, strict=True) if n > 1 or axis in "YX"])
+    if kept == ["Y", "X"]:
+        return Pixels(array, False)
+    if sorted(kept) in (["S", "X", "Y"], ["C", "X", "Y"]):
+        channel = next(i for i, axis in enumerate(kept) if axis in "SC")
+        return Pixels(np.moveaxis(array, channel, -1), "S" in kept and bool(extra))
+    named = {"Z": "a z stack", "T": "a time series"}
+    what = next((named[axis] for axis in kept if axis in named), "a stack of pages")
+    raise ImageError(f"{path}: {what} (axes {''.join(kept)}, shape {array.shape}); save one plane of it")
+
+
+def _decode_other(data: bytes) -> Pixels:
+    with Image.open(BytesIO(data)) as file:
+        plain = file.mode in {"L", "I", "F", "RGB"} or file.mode.startswith("I;16")
+        return Pixels(np.asarray(file if plain else file.convert("RGB")), False)
+
+
+def _pick_channels(array: NDArray, channels: Sequence[int], path: str | Path) -> NDArray:
+    """(H, W, C) -> (H, W, 1) or (H, W, 3)"""
+    n = array.shape[-1]
+    if channels:
+        if not all(0 <= c < n for c in channels):
+            raise ImageError(f"{path}: has {n} channels, [pre] channels = {', '.join(map(str, channels))}")
+        array = array[..., list(channels)]
+        if len(channels) == 2:
+            array = np.concatenate([array, np.zeros_like(array[..., :1])], axis=-1)
+    if array.shape[-1] not in (1, 3):
+        raise ImageError(f"{path}: has {n} channels; say which are red, green and blue with [pre] channels = 0, 1, ...")
+    return array
+
+
+def _to_uint8(
+    array: NDArray, percentiles: tuple[float, float], stretch: bool, path: str | Path
+) -> NDArray[np.uint8]:
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * np.uint8(255)
+    narrow = array.dtype == np.uint8
+    if stretch or not narrow:
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ImageError(f"{path}: has pixels that are not finite")
+        low, high = np.percentile(array, percentiles)
+        # An 8-bit image that is all but flat shows noise, not nuclei: its range is not blown up beyond reason.
+        reach = max(high - low, STRETCH_FLOOR if narrow else 1e-12)
+        array = np.rint(np.clip((array - low) * (255.0 / reach), 0, 255)).astype(np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+
+
+def _read_mask(path: Path) -> NDArray[np.bool_]:
+    array, alpha = _decode(path)
+    if array.ndim == 3:
+        array = array[..., :-1].max(axis=-1) if alpha else array.max(axis=-1)
+    return array > array.max(initial=0) / 2
+
+
+def _read_label_map(path: Path, shape: tuple[int, int] | None) -> NDArray[np.int32]:
+    array, alpha = _decode(path)
+    if array.ndim == 3:
+        with Image.open(path) as file:
+            if file.mode == "P":  # the numbers are the indices, not their colours
+                array = np.asarray(file)
+    if array.ndim == 3:
+        array = array[..., :-1] if alpha else array
+        if (array != array[..., :1]).any():
+            raise ImageError(f"{path}: a label map has one channel, this has {array.shape[-1]}")
+        array = array[..., 0]
+    if array.dtype.kind == "f" and (array == np.rint(array)).all():
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "uib" or array.min(initial=0) < 0:
+        raise ImageError(f"{path}: a label map holds whole numbers from 0, this is {array.dtype}")
+    _check_shape(path, array.shape, shape or array.shape)
+    return relabel(array)
+
+
+def _check_shape(path: Path, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise ImageError(f"{path}: shape {tuple(found)}, image is {tuple(wanted)}; is this mask from another image?")

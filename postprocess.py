@@ -1,0 +1,210 @@
+"""Probability maps -> instances. The only road from a network to a label map: scores, files, figures and tuning all take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage as ndi
+from scipy.sparse import coo_array, csc_array
+from scipy.sparse.linalg import splu
+from skimage.feature import peak_local_max
+from skimage.segmentation import watershed
+
+from config import Post, pick
+from labels import fill_holes, relabel, remove_fiber, remove_small
+
+Mask = NDArray[np.bool_]
+Labels = NDArray[np.int32]
+Probs = Mapping[str, NDArray[np.float32]]
+
+#: Sharpness of the random walker, and the least weight of an edge; both as in scikit-image.
+WALKER_BETA, WALKER_FLOOR = 130.0, 1e-10
+
+
+def instances(probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
+    """Give every nucleus its own label.
+
+    Parameters
+    ----------
+    probs : mapping
+        head -> (H, W) float32 in [0, 1]; "semantic" must be there.
+    post : Post
+        Policy, source of the markers, and what is removed.
+    thresholds : mapping
+        head -> probability above which a pixel belongs.
+
+    Returns
+    -------
+    (H, W) int32
+        Labels 1..N without gaps, 0 is background. The same input always gives the same labels.
+
+    Raises
+    ------
+    ValueError
+        A head that is not there is asked for, or an unknown policy.
+    """
+    mask = _above(probs, thresholds, "semantic")
+    if not post.segmentation:
+        labels = _components(mask)
+    else:
+        markers = _place_markers(mask, probs, post, thresholds)
+        labels = pick(POLICIES, post.policy, "policy")(mask, markers, probs)
+    if post.fill_holes:
+        labels = fill_holes(labels)
+    if post.remove_objects:
+        labels = remove_small(labels, post.min_object_size)
+    if post.filter_fiber:
+        labels = remove_fiber(labels)
+    return relabel(labels)
+
+
+def separate_watershed(mask: Mask, markers: Labels, probs: Probs) -> Labels:
+    """Flood from the markers, along low contour and high semantic probability first.
+
+    Parameters
+    ----------
+    mask : (H, W) bool
+    markers : (H, W) int32
+    probs : mapping
+        See `instances`.
+
+    Returns
+    -------
+    (H, W) int32
+        Every pixel of the mask that a marker reaches carries its label.
+    """
+    elevation = -probs["semantic"]
+    if "contour" in probs:
+        elevation = elevation + probs["contour"]
+    return watershed(elevation, markers, mask=mask).astype(np.int32, copy=False)
+
+
+def separate_walker(mask: Mask, markers: Labels, probs: Probs) -> Labels:
+    """Each pixel goes to the marker that a random walker starting there reaches most probably.
+
+    Grady 2006 (doi:10.1109/TPAMI.2006.233), on the semantic probability. Components of the mask are independent of each
+    other, so each is solved by itself, and one with a single marker needs no solving.
+
+    Parameters, Returns
+        As `separate_watershed`.
+    """
+    blobs, _ = ndi.label(mask)
+    owner = _single_owner(blobs, markers)
+    labels = np.where(owner[blobs] > 0, owner[blobs], 0).astype(np.int32)
+    data = probs["semantic"]
+    scale = WALKER_BETA / (10 * float(data.std()) or 1.0)
+    boxes = ndi.find_objects(blobs)
+    for blob in np.flatnonzero(owner < 0):
+        box = boxes[blob - 1]
+        inside = blobs[box] == blob
+        labels[box][inside] = _walk(data[box], inside, markers[box], scale)
+    return labels
+
+
+#: (mask, markers, probs) -> labels
+POLICIES: dict[str, Callable[[Mask, Labels, Probs], Labels]] = {"ws": separate_watershed, "rw": separate_walker}
+
+
+def _markers_from_marker(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Mask:
+    return mask & _above(probs, thresholds, "marker")
+
+
+def _markers_from_contour(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Mask:
+    return mask & ~_above(probs, thresholds, "contour")
+
+
+def _markers_from_peaks(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Mask:
+    """Peaks of the distance to the background, at least `seg_scale` times the typical diameter apart."""
+    peaks = np.zeros(mask.shape, bool)
+    blobs, n_blobs = ndi.label(mask)
+    if not n_blobs:
+        return peaks
+    sizes = np.sort(np.bincount(blobs.ravel())[1:])
+    typical = sizes[: max(1, round(post.seg_ratio * n_blobs))].mean()
+    apart = max(1, round(post.seg_scale * float(np.sqrt(typical))))
+    # Smoothing joins the twin peaks of a flat ridge; the distance itself would make a marker of each.
+    depth = ndi.gaussian_filter(ndi.distance_transform_edt(mask), 1.0) * mask
+    found = peak_local_max(depth, min_distance=apart, labels=blobs, exclude_border=False)
+    peaks[tuple(found.T)] = True
+    return peaks
+
+
+#: Where the markers of the nuclei come from; `auto` takes the first whose head is there.
+MARKERS: dict[str, Callable[[Mask, Probs, Post, Mapping[str, float]], Mask]] = {
+    "marker": _markers_from_marker,
+    "contour": _markers_from_contour,
+    "peak": _markers_from_peaks,
+}
+
+
+def _place_markers(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
+    source = post.marker
+    if source == "auto":
+        source = next((name for name in MARKERS if name in probs), "peak")
+    seeds = pick(MARKERS, source, "source of markers")(mask, probs, post, thresholds)
+    # A blob that no marker touches is a nucleus all the same.
+    blobs, n_blobs = ndi.label(mask)
+    lonely = np.ones(n_blobs + 1, bool)
+    lonely[blobs[seeds]] = False
+    lonely[0] = False
+    return _components(seeds | lonely[blobs])
+
+
+def _above(probs: Probs, thresholds: Mapping[str, float], head: str) -> Mask:
+    if head not in probs:
+        raise ValueError(f"the network has no head '{head}'; there are: {', '.join(probs)}")
+    return probs[head] > thresholds[head]
+
+
+def _components(mask: Mask) -> Labels:
+    labels, _ = ndi.label(mask, output=np.int32)
+    return labels
+
+
+def _single_owner(blobs: Labels, markers: Labels) -> NDArray[np.int64]:
+    """Of each blob the marker that is alone in it, 0 where there is none, -1 where there are several."""
+    n = int(blobs.max(initial=0)) + 1
+    inside = (blobs > 0) & (markers > 0)
+    pairs = np.unique(np.stack([blobs[inside], markers[inside]], axis=1), axis=0)
+    count = np.bincount(pairs[:, 0], minlength=n)
+    owner = np.zeros(n, np.int64)
+    owner[pairs[:, 0]] = pairs[:, 1]
+    return np.where(count > 1, -1, owner)
+
+
+def _walk(data: NDArray[np.float32], inside: Mask, markers: Labels, scale: float) -> Labels:
+    """Labels of the pixels of one connected component, in row order, (n_pixels,) int32."""
+    index = np.full(inside.shape, -1)
+    index[inside] = np.arange(np.count_nonzero(inside))
+    seeds = markers[inside]
+    laplacian = _laplacian(data.astype(np.float64), index, scale)
+    free = seeds == 0
+    ids, which = np.unique(seeds[~free], return_inverse=True)
+    seeded = np.eye(len(ids))[which]
+    # The first marker's probability is one minus all others, and is not solved for.
+    rhs = -(laplacian[free][:, ~free] @ seeded[:, 1:])
+    labels = seeds.copy()
+    if free.any():
+        solved = splu(csc_array(laplacian[free][:, free])).solve(rhs)
+        chances = np.concatenate([1 - solved.sum(axis=1, keepdims=True), solved], axis=1)
+        labels[free] = ids[np.argmax(chances, axis=1)]
+    return labels
+
+
+def _laplacian(data: NDArray[np.float64], index: NDArray[np.int64], scale: float) -> csc_array:
+    """Graph Laplacian of the 4-neighbourhood of the pixels with an index."""
+    heads, tails, weights = [], [], []
+    for a, b in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
+        linked = (index[a] >= 0) & (index[b] >= 0)
+        heads.append(index[a][linked])
+        tails.append(index[b][linked])
+        weights.append(np.exp(-scale * (data[a][linked] - data[b][linked]) ** 2) + WALKER_FLOOR)
+    head, tail, weight = map(np.concatenate, (heads, tails, weights))
+    n = int(index.max()) + 1
+    i, j = np.concatenate([head, tail]), np.concatenate([tail, head])
+    degree = np.bincount(i, np.concatenate([weight, weight]), n)
+    rows, columns = np.concatenate([i, np.arange(n)]), np.concatenate([j, np.arange(n)])
+    values = np.concatenate([-weight, -weight, degree])
+    return csc_array(coo_array((values, (rows, columns)), shape=(n, n)))

@@ -1,0 +1,156 @@
+"""Image and networks -> probability maps at the original size -> instances."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from config import Config, Valid, pick
+from helper import autocast, load_checkpoint, pick_device, pick_precision
+from model import load_model
+from postprocess import instances
+
+_PADDING = {
+    "reflect": (cv2.BORDER_REFLECT_101, 0),
+    "replicate": (cv2.BORDER_REPLICATE, 0),
+    "black": (cv2.BORDER_CONSTANT, 0),
+    "white": (cv2.BORDER_CONSTANT, 255),
+}
+
+#: Names of views -> (quarter turns, mirrored?) of the dihedral group; several names make the union.
+VIEWS: dict[str, tuple[tuple[int, bool], ...]] = {
+    "flips": ((0, False), (0, True), (2, False), (2, True)),
+    "rotations": ((0, False), (1, False), (2, False), (3, False)),
+    "dihedral": tuple((k, mirrored) for k in range(4) for mirrored in (False, True)),
+}
+
+
+@dataclass(frozen=True)
+class Segmenter:
+    """Networks with everything they need to turn an image into instances.
+
+    Attributes
+    ----------
+    networks : sequence of modules
+        In evaluation mode, on `device`.
+    config : Config
+        ``valid``, ``post`` and the thresholds are used.
+    """
+
+    networks: Sequence[nn.Module]
+    config: Config
+    device: torch.device
+    precision: torch.dtype
+
+    def probs(self, image: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """head -> (H, W) float32 in [0, 1] of an (H, W, 3) uint8 image; see `predict_probs`."""
+        config = self.config
+        probs = predict_probs(
+            image, self.networks, config.valid, config.thresholds, config.width, self.device, self.precision
+        )
+        if not config.contour.detect:
+            probs.pop("contour", None)
+        return probs
+
+    def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """The instances of an image, (H, W) int32."""
+        return segment(self.probs(image), self.config)
+
+
+def segment(probs: Mapping[str, NDArray[np.float32]], config: Config) -> NDArray[np.int32]:
+    """Instances of probability maps by the rules of the settings."""
+    return instances(probs, config.post, config.thresholds)
+
+
+def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
+    """Networks of one or several checkpoints, ready to use.
+
+    What the user did not set, thresholds and input settings, comes from the first checkpoint.
+    """
+    checkpoints = [load_checkpoint(path) for path in paths]
+    config = config.inherit(checkpoints[0]["config"])
+    device = pick_device(config.train.device)
+    networks = [load_model(c).to(device, memory_format=torch.channels_last) for c in checkpoints]
+    return Segmenter(networks, config, device, pick_precision(config.train.precision, device))
+
+
+@torch.inference_mode()
+def predict_probs(
+    image: NDArray[np.uint8],
+    networks: Sequence[nn.Module],
+    valid: Valid,
+    thresholds: Mapping[str, float],
+    width: int,
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+) -> dict[str, NDArray[np.float32]]:
+    """Probability maps of an image, averaged over views and networks.
+
+    Parameters
+    ----------
+    image : (H, W, 3) uint8
+    networks : sequence of modules
+        They may differ in their heads: each head is averaged over those that have it.
+    valid : Valid
+        Views, padding, or the squeeze to `width` and back (``pred_orig_size = False``), and how networks are combined:
+        ``avg`` is the mean probability, ``vote`` the share of networks above the threshold.
+    thresholds : mapping
+        head -> probability, for votes.
+    width : int
+        Input size of the networks, in pixels.
+
+    Returns
+    -------
+    dict
+        head -> (H, W) float32 in [0, 1].
+    """
+    height_width = image.shape[:2]
+    if valid.pred_orig_size:
+        source, (top, left) = _pad(image, valid, max(network.stride for network in networks))
+    else:
+        source, (top, left) = cv2.resize(image, (width, width), interpolation=cv2.INTER_AREA), (0, 0)
+    each: dict[str, list[NDArray[np.float32]]] = {}
+    for network in networks:
+        for head, probs in _average_views(source, network, valid.test_time_augment, device, precision).items():
+            if valid.pred_orig_size:
+                probs = probs[top : top + height_width[0], left : left + height_width[1]]
+            else:
+                probs = cv2.resize(probs, height_width[::-1], interpolation=cv2.INTER_LINEAR)
+            each.setdefault(head, []).append(np.ascontiguousarray(probs))
+    if valid.ensemble == "vote":
+        each = {head: [(p > thresholds[head]).astype(np.float32) for p in maps] for head, maps in each.items()}
+    return {head: np.mean(maps, axis=0, dtype=np.float32) for head, maps in each.items()}
+
+
+def _pad(image: NDArray[np.uint8], valid: Valid, stride: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """Add the border, and what is missing to a multiple of the stride; also where the image starts."""
+    height, width = image.shape[:2]
+    border = -(-valid.border // stride) * stride
+    bottom, right = border + -height % stride, border + -width % stride
+    mode, value = _PADDING[valid.padding]
+    padded = cv2.copyMakeBorder(np.ascontiguousarray(image), border, bottom, border, right, mode, value=(value,) * 3)
+    return padded, (border, border)
+
+
+def _average_views(
+    image: NDArray[np.uint8], network: nn.Module, names: Sequence[str], device: torch.device, precision: torch.dtype
+) -> dict[str, NDArray[np.float32]]:
+    views = sorted({view for name in names for view in pick(VIEWS, name, "view")}) or [(0, False)]
+    x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(device)
+    sums: dict[str, Tensor] = {}
+    for turns, mirrored in views:
+        view = torch.rot90(x.flip(-1) if mirrored else x, turns, (-2, -1))[None]
+        with autocast(device, precision):
+            logits = network(view.contiguous(memory_format=torch.channels_last))
+        for head, value in logits.items():
+            probs = torch.rot90(torch.sigmoid(value[0, 0].float()), -turns, (-2, -1))
+            probs = probs.flip(-1) if mirrored else probs
+            sums[head] = sums[head] + probs if head in sums else probs
+    return {head: (total / len(views)).cpu().numpy() for head, total in sums.items()}

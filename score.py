@@ -1,0 +1,107 @@
+"""Scores of a set of images: each by itself, by category, and over all."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metric import THRESHOLDS, average_precision, pixel_iou
+from record import Record
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one image was segmented.
+
+    Attributes
+    ----------
+    id, category : str
+    precision : (10,) float64
+        Precision at each IoU threshold of `metric.THRESHOLDS`; the mean is the competition's score.
+    iou : float
+        Pixel IoU of the foreground, regardless of instances.
+    n_true, n_pred : int
+        Nuclei there, and nuclei found.
+    """
+
+    id: str
+    category: str
+    precision: NDArray[np.float64]
+    iou: float
+    n_true: int
+    n_pred: int
+
+    @property
+    def mean_precision(self) -> float:
+        return float(self.precision.mean())
+
+
+def score_image(record: Record, truth: NDArray[np.int32], labels: NDArray[np.int32]) -> Score:
+    """Compare the labels of an image with the truth, both (H, W) int32."""
+    return Score(
+        record.id,
+        record.sub_category,
+        average_precision(truth, labels),
+        pixel_iou(truth > 0, labels > 0),
+        int(truth.max(initial=0)),
+        int(labels.max(initial=0)),
+    )
+
+
+def summarize(scores: Sequence[Score]) -> dict[str, dict[str, float]]:
+    """Means over the images of each category, in order of name, and last over all ("all").
+
+    Returns
+    -------
+    dict
+        category -> {"images", "score", "iou", "ap50", "ap75", "true", "found"}.
+    """
+    categories = sorted({score.category for score in scores} - {""})
+    groups = {name: [s for s in scores if s.category == name] for name in categories} | {"all": list(scores)}
+    return {name: _means(members) for name, members in groups.items() if members}
+
+
+def format_summary(summary: dict[str, dict[str, float]]) -> str:
+    """The summary as a table to print."""
+    lines = [f"{'category':<20}{'images':>7}{'mAP':>8}{'AP50':>8}{'AP75':>8}{'IoU':>8}{'nuclei':>8}{'found':>8}"]
+    for name, row in summary.items():
+        values = "".join(f"{row[key]:>8.4f}" for key in ("score", "ap50", "ap75", "iou"))
+        lines.append(f"{name:<20}{row['images']:>7.0f}{values}{row['true']:>8.0f}{row['found']:>8.0f}")
+    return "\n".join(lines)
+
+
+def write_scores(path: Path, scores: Iterable[Score]) -> None:
+    """Write ``iou.csv``: a row an image, then a row a category and one for all, whose ids are in brackets."""
+    scores = list(scores)
+    columns = [f"ap_{threshold:.2f}" for threshold in THRESHOLDS]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_id", "category", "mean_ap", "pixel_iou", "n_true", "n_pred", *columns])
+        for s in scores:
+            values = [f"{value:.6f}" for value in (s.mean_precision, s.iou)]
+            each = [f"{value:.6f}" for value in s.precision]
+            writer.writerow([s.id, s.category, *values, s.n_true, s.n_pred, *each])
+        for name, row in summarize(scores).items():
+            mean = np.mean([s.precision for s in scores if name in (s.category, "all")], axis=0)
+            values = [f"{row[key]:.6f}" for key in ("score", "iou")]
+            each = [f"{value:.6f}" for value in mean]
+            writer.writerow([f"[{name}]", name, *values, f"{row['true']:.0f}", f"{row['found']:.0f}", *each])
+
+
+def _means(scores: Sequence[Score]) -> dict[str, float]:
+    precision = np.mean([s.precision for s in scores], axis=0)
+    return {
+        "images": len(scores),
+        "score": float(precision.mean()),
+        "ap50": float(precision[0]),
+        "ap75": float(precision[5]),
+        "iou": float(np.mean([s.iou for s in scores])),
+        "true": sum(s.n_true for s in scores),
+        "found": sum(s.n_pred for s in scores),
+    }

@@ -1,0 +1,427 @@
+"""Draw images of nuclei that never were, with exact masks: for the demo, tests, benchmarks and docs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from config import pick
+
+Map = NDArray[np.floating]
+Paint = Callable[[np.random.Generator, NDArray[np.int32], Map], Map]
+
+GAP = 3  # background pixels between two nuclei that may not touch
+MIN_AREA = 12  # pixels; what is left of a nucleus behind its neighbours or the image border
+MIN_VISIBLE = 0.6  # a nucleus that others hide more than this is drawn elsewhere
+MAX_COVER = 0.45  # of the image; nuclei shrink when more of them are asked for than fit
+N_TRIES = 12  # places tried per nucleus before the image counts as full
+
+TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)  # a contour is drawn through this many points
+CIRCLE = np.stack([np.cos(TURN), np.sin(TURN)])
+BUMPS = np.concatenate([2 / k * np.stack([np.cos(k * TURN), np.sin(k * TURN)]) for k in (2, 3, 4, 5)])
+
+# Optical densities (red, green, blue) of one unit of stain. Hematoxylin is that of Ruifrok & Johnston, Anal
+# Quant Cytol Histol 23 (2001); the others are chosen to look like the slides they stand for.
+HEMATOXYLIN = (0.65, 0.70, 0.29)
+EOSIN = (0.10, 0.80, 0.30)
+THIONIN = (0.62, 1.05, 0.17)  # violet sections
+GIEMSA = (0.48, 1.05, 0.30)  # purple smears of blood and marrow
+GRAY = (1.0, 1.0, 1.0)
+
+
+class Nucleus(NamedTuple):
+    """An ellipse before its contour is deformed: centre and semi-axes in pixels, angle in radians."""
+
+    y: float
+    x: float
+    major: float
+    minor: float
+    angle: float
+
+    def reach(self, direction: float) -> float:
+        """Distance in pixels from the centre to the ellipse along `direction` (radians)."""
+        turn = direction - self.angle
+        return self.major * self.minor / np.hypot(self.minor * np.cos(turn), self.major * np.sin(turn))
+
+
+class Kind(NamedTuple):
+    """One row of `KINDS`: how nuclei are shaped and strewn, and who paints them. Pairs are (low, high)."""
+
+    radius: tuple[float, float]  # pixels; typical of an image, its nuclei vary around it
+    spread: float  # standard deviation of the log radius within an image
+    aspect: tuple[float, float]  # long over short axis
+    wobble: float  # relative depth of the bumps of a contour
+    cover: tuple[float, float]  # share of the image under nuclei
+    cluster: float  # probability that a nucleus is laid against an earlier one
+    align: float  # 0 any direction, 1 along the fibres
+    paint: Paint
+
+
+def draw_sample(
+    seed: int,
+    shape: tuple[int, int] = (256, 256),
+    kind: str | None = None,
+    n_nuclei: int | None = None,
+    touching: bool = True,
+) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """Draw one image and the label map it was painted from.
+
+    Parameters
+    ----------
+    seed
+        Not negative; the same seed and arguments give the same bits.
+    shape
+        (height, width) in pixels.
+    kind
+        A name of `KINDS`; None lets the seed choose.
+    n_nuclei
+        How many; None draws a number that suits the kind. Nuclei shrink to make room for many, and fewer come
+        back when even so there is none left. 0 gives background alone.
+    touching
+        Whether nuclei may share borders; if not, at least `GAP` background pixels lie between any two.
+
+    Returns
+    -------
+    image
+        (H, W, 3) uint8, RGB; the three channels of a gray kind are equal.
+    labels
+        (H, W) int32, 0 = background, nuclei 1..N, each one 4-connected piece of at least
+        `MIN_AREA` pixels.
+
+    Raises
+    ------
+    ValueError
+        If a size, the seed or the number of nuclei is out of range, or the kind is unknown.
+    """
+    if min(shape) < 1:
+        raise ValueError(f"shape {tuple(shape)}: height and width must be at least 1 pixel")
+    if seed < 0 or (n_nuclei is not None and n_nuclei < 0):
+        raise ValueError(f"seed {seed}, n_nuclei {n_nuclei}: neither may be negative")
+    rng = np.random.default_rng(seed)
+    drawn = list(KINDS)[rng.integers(len(KINDS))]  # drawn even where not needed: naming it changes nothing
+    row = pick(KINDS, drawn if kind is None else kind, "kind")
+    flow = _draw_flow(rng, shape)
+    labels = _draw_labels(rng, row, flow, n_nuclei, 0 if touching else GAP)
+    image = row.paint(rng, labels, flow)
+    return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), labels
+
+
+def write_dataset(
+    folder: Path, n_images: int, seed: int = 0, shape: tuple[int, int] = (256, 256), masks: bool = True
+) -> list[str]:
+    """Write a data set in the Kaggle layout, the kinds of `KINDS` in turn.
+
+    Image number i depends on `seed`, `shape` and i alone, so a longer data set begins with the shorter one.
+    An image folder that is there already is left as it is; each appears complete or not at all.
+
+    Parameters
+    ----------
+    folder
+        Receives ``<image id>/images/<image id>.png`` (8-bit RGB) and ``<image id>/masks/<nnnn>.png`` (8-bit,
+        0 or 255, one file per nucleus); created where missing.
+    n_images
+        How many images.
+    seed
+        Not negative.
+    shape
+        (height, width) of each image.
+    masks
+        False leaves the masks out, as in a test set.
+
+    Returns
+    -------
+    ids
+        Image ids in order, such as ``fluorescence_0000``.
+    """
+    folder, kinds, ids = Path(folder), list(KINDS), []
+    for index in range(n_images):
+        kind = kinds[index % len(kinds)]
+        ids.append(f"{kind}_{index:04d}")
+        if not (folder / ids[-1]).exists():
+            own_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+            image, labels = draw_sample(own_seed, shape, kind)
+            _write_image(folder, ids[-1], image, labels if masks else None)
+    return ids
+
+
+def _write_image(folder: Path, name: str, image: NDArray[np.uint8], labels: NDArray[np.int32] | None) -> None:
+    partial = folder / f".{name}.partial"  # renamed once complete: a run cut off leaves no half image behind
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "images").mkdir(parents=True)
+    Image.fromarray(image).save(partial / "images" / f"{name}.png")
+    if labels is not None:
+        (partial / "masks").mkdir()
+        for index in range(1, labels.max() + 1):
+            mask = (labels == index).astype(np.uint8) * 255
+            Image.fromarray(mask).save(partial / "masks" / f"{index:04d}.png")
+    partial.rename(folder / name)
+
+
+# Shapes and places
+
+
+def _draw_labels(
+    rng: np.random.Generator, row: Kind, flow: Map, n_nuclei: int | None, gap: int
+) -> NDArray[np.int32]:
+    """Lay nuclei one behind another: each gets what earlier ones (and the gap around them) left free.
+
+    So no earlier nucleus is ever cut, ids are sequential, and nuclei that overlap end in a shared border.
+    """
+    labels = np.zeros(flow.shape[1:], np.int32)
+    taken = np.zeros(labels.shape, np.uint8)
+    radius = rng.uniform(*row.radius)
+    cover = rng.uniform(*row.cover)
+    if n_nuclei is None:
+        n_nuclei = max(1, round(cover * labels.size / (np.pi * radius**2)))
+    most = np.sqrt(MAX_COVER * labels.size / (np.pi * max(n_nuclei, 1))) - gap / 2
+    radius = min(radius, max(most, 2.5))
+
+    placed: list[Nucleus] = []
+    for _ in range(N_TRIES * n_nuclei):
+        if len(placed) == n_nuclei:
+            break
+        nucleus = _draw_nucleus(rng, row, radius, flow, placed, gap)
+        if _is_taken(taken, nucleus.y, nucleus.x):  # hidden at its centre: not worth drawing
+            continue
+        window, mask = _draw_mask(rng, nucleus, row.wobble, labels.shape)
+        visible = _largest_piece(mask & (taken[window] == 0))
+        if visible.sum() < max(MIN_AREA, MIN_VISIBLE * mask.sum()):
+            continue
+        placed.append(nucleus)
+        labels[window][visible] = len(placed)
+        _take(taken, window, visible, gap)
+    return labels
+
+
+def _draw_nucleus(
+    rng: np.random.Generator,
+    row: Kind,
+    radius: float,
+    flow: Map,
+    placed: list[Nucleus],
+    gap: int,
+) -> Nucleus:
+    """Draw size and direction, and a place: anywhere, or against a nucleus that is there."""
+    _, height, width = flow.shape
+    size = radius * np.exp(np.clip(rng.normal(0, row.spread), -1, 1))
+    stretch = np.sqrt(rng.uniform(*row.aspect))
+    turn = rng.uniform(-np.pi, np.pi) / 2 * (1 - row.align)
+    y, x = rng.uniform(0, height), rng.uniform(0, width)
+    along = np.arctan2(*flow[:, int(y), int(x)])
+    if not placed or rng.random() >= row.cluster:
+        return Nucleus(y, x, size * stretch, size / stretch, along + turn)
+    other, direction = placed[rng.integers(len(placed))], rng.uniform(-np.pi, np.pi)
+    nucleus = Nucleus(other.y, other.x, size * stretch, size / stretch, other.angle + turn)
+    distance = (other.reach(direction) + nucleus.reach(direction)) * rng.uniform(0.82, 1.0) + 1.5 * gap
+    return nucleus._replace(
+        y=other.y + distance * np.sin(direction),
+        x=other.x + distance * np.cos(direction),
+    )
+
+
+def _draw_mask(
+    rng: np.random.Generator, nucleus: Nucleus, wobble: float, shape: tuple[int, ...]
+) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """Fill the ellipse after deforming its contour by a low-order Fourier series; cut at the image border.
+
+    Returns the window of the image that holds it, and the mask in that window.
+    """
+    factor = np.maximum(1 + rng.normal(0, wobble, len(BUMPS)) @ BUMPS, 0.4)
+    cos, sin = np.cos(nucleus.angle), np.sin(nucleus.angle)
+    axes = np.array([[nucleus.major * cos, -nucleus.minor * sin], [nucleus.major * sin, nucleus.minor * cos]])
+    points = (axes @ (CIRCLE * factor)).T + (nucleus.x, nucleus.y)
+
+    size = np.array(shape[::-1])
+    low = np.minimum(np.maximum(points.min(0), 0).astype(int), size)
+    high = np.minimum(np.maximum(points.max(0) + 2, low).astype(int), size)
+    mask = np.zeros((high - low)[::-1], np.uint8)
+    if mask.size:
+        cv2.fillPoly(mask, [np.round((points - low) * 16).astype(np.int32)], 1, shift=4)
+    return (slice(low[1], high[1]), slice(low[0], high[0])), mask.astype(bool)
+
+
+def _largest_piece(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    if not mask.any():
+        return mask
+    _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=4)
+    return pieces == 1 + stats[1:, cv2.CC_STAT_AREA].argmax()
+
+
+def _is_taken(taken: NDArray[np.uint8], y: float, x: float) -> bool:
+    height, width = taken.shape
+    return 0 <= y < height and 0 <= x < width and bool(taken[int(y), int(x)])
+
+
+def _take(taken: NDArray[np.uint8], window: tuple[slice, slice], mask: NDArray[np.bool_], gap: int) -> None:
+    """Mark `mask` and `gap` pixels around it, diagonals too, as no longer free."""
+    rows, columns = window
+    top, left = min(gap, rows.start), min(gap, columns.start)
+    around = taken[rows.start - top : rows.stop + gap, columns.start - left : columns.stop + gap]
+    grown = np.zeros_like(around)
+    grown[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+    square = np.ones((2 * gap + 1, 2 * gap + 1), np.uint8)
+    np.maximum(around, cv2.dilate(grown, square), out=around)
+
+
+# Light and stain
+
+
+def _paint_fluorescence(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
+    """Glowing nuclei, dim to bright, seen through a lens that blurs and a camera that counts photons."""
+    depth = _depth(labels)
+    bright = np.clip(np.exp(rng.normal(-0.6, 0.45, labels.max() + 1)), 0.12, 1.3).astype(np.float32)
+    grain = 0.16 * _noise(rng, labels.shape, 2.2) + 0.12 * _noise(rng, labels.shape, 5)
+    nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.2, 0, 1)
+    dome = 1 - 0.45 * np.exp(-depth / 2.5)
+    light = np.where(labels > 0, bright[labels] * dome * np.maximum(1 + grain - 0.5 * nucleoli, 0.2), 0)
+    haze = cv2.GaussianBlur(light, (0, 0), 14) * rng.uniform(0.05, 0.25)
+    light = cv2.GaussianBlur(light, (0, 0), rng.uniform(0.7, 1.3)) + haze
+    light *= rng.uniform(0.25, 0.95) * (1 + 0.06 * _noise(rng, labels.shape, 120))
+    light += rng.uniform(0.015, 0.05)
+    photons = rng.uniform(150, 900)
+    light = rng.poisson(np.maximum(light, 0) * photons) / photons + rng.normal(0, 0.004, labels.shape)
+    return np.repeat(light.astype(np.float32)[..., None], 3, axis=2)
+
+
+def _paint_tissue(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
+    """Hematoxylin and eosin: purple nuclei among wavy pink fibres, with a pale rift here and there."""
+    shape = labels.shape
+    fibres = 0.6 * _fibres(rng, flow) + 0.5 * _noise(rng, shape, 9) + 0.5 * _noise(rng, shape, 40)
+    rift = _smoothstep(_noise(rng, shape, 50) + 0.15 * fibres, 1.1, 1.35)
+    rift *= 1 - np.exp(-((_distance(labels == 0) / 7) ** 2))  # nuclei keep some tissue around them
+    eosin = rng.uniform(0.4, 0.65) * np.maximum(1 + 0.32 * fibres, 0.15) + 0.04 * _noise(rng, shape, 2)
+    haze = 0.10 * np.maximum(1 + 0.6 * _noise(rng, shape, 18), 0)
+    nuclei = rng.uniform(0.85, 1.25) * _chromatin(rng, labels)
+    return _transmit(rng, [(nuclei + haze * (1 - rift), HEMATOXYLIN), (eosin * (1 - 0.95 * rift), EOSIN)])
+
+
+def _paint_purple(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
+    """One purple stain, anywhere between a smear on near-white and a section on lilac ground."""
+    section = rng.random()
+    stain = tuple(np.array(GIEMSA) * (1 - section) + np.array(THIONIN) * section)
+    shape = labels.shape
+    uneven = 0.08 * _fibres(rng, flow) + 0.2 * _noise(rng, shape, 50) + 0.06 * _noise(rng, shape, 5)
+    ground = (0.05 + 0.3 * section) * np.maximum(1 + uneven, 0)
+    cytoplasm = 0.14 * (1 - section) * cv2.GaussianBlur(_cells(rng, labels, reach=7), (0, 0), 2)
+    nuclei = rng.uniform(1.0, 1.5) * _chromatin(rng, labels)
+    dust = np.full(shape, 0.06, np.float32)
+    return _transmit(rng, [(np.maximum(nuclei, ground + cytoplasm), stain), (dust, GRAY)])
+
+
+def _paint_brightfield(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
+    """Gray smear: dark nuclei inside faint, folded cell bodies on light, unevenly lit ground."""
+    shape = labels.shape
+    folds = 0.1 * _fibres(rng, flow) + 0.14 * _noise(rng, shape, 4) + 0.18 * _noise(rng, shape, 12)
+    cells = _cells(rng, labels, reach=rng.uniform(14, 24))
+    body = rng.uniform(0.18, 0.4) * cells * np.maximum(1 + folds, 0.1)
+    ground = rng.uniform(0.06, 0.2) + 0.02 * _noise(rng, shape, 100) + 0.006 * _noise(rng, shape, 2)
+    nuclei = rng.uniform(0.7, 1.1) * _chromatin(rng, labels)
+    gray = _transmit(rng, [(ground + body + nuclei, (1.0,))])
+    return np.repeat(gray, 3, axis=2)
+
+
+def _transmit(rng: np.random.Generator, layers: list[tuple[Map, tuple[float, ...]]]) -> Map:
+    """Send white light through stains (Beer-Lambert), a lens and a camera.
+
+    `layers` pairs an amount of stain, (H, W), with its C optical densities. Returns (H, W, C), about [0, 1].
+    """
+    density = np.zeros((*layers[0][0].shape, len(layers[0][1])), np.float32)
+    for amount, stain in layers:
+        density += amount[..., None] * np.array(stain, np.float32)
+    image = cv2.GaussianBlur(np.exp(-density), (0, 0), 0.85)
+    image = image.reshape(density.shape)  # OpenCV drops a lone channel
+    return image + 0.008 * rng.standard_normal(image.shape, np.float32)
+
+
+def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32]) -> Map:
+    """Stain taken up by nuclei, (H, W), about 1 inside and 0 outside.
+
+    Each is somewhere between dense (dark throughout) and vesicular (pale, clumped, dark rim and nucleolus).
+    """
+    n = labels.max() + 1
+    open_ = (rng.beta(1.2, 1.6, n).astype(np.float32))[labels]
+    strength = np.clip(rng.normal(1, 0.16, n), 0.6, 1.5).astype(np.float32)[labels]
+    clumps = 0.7 * _noise(rng, labels.shape, 2.5) + 0.5 * _noise(rng, labels.shape, 5)
+    nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.3, 0, 1)
+    rim = np.exp(-((_depth(labels) - 1) ** 2) / 2.5)
+    inside = 1.15 - 0.55 * open_ + (0.08 + 0.22 * open_) * clumps + 0.4 * open_ * rim + 0.8 * open_ * nucleoli
+    edge = np.where(_depth(labels) <= 1, 0.8, 1.0)  # seen slantwise, so that touching nuclei show a seam
+    return np.where(labels > 0, strength * np.maximum(inside, 0.15) * edge, 0).astype(np.float32)
+
+
+def _cells(rng: np.random.Generator, labels: NDArray[np.int32], reach: float) -> Map:
+    """Ragged cell bodies about `reach` pixels around nuclei: (H, W) in [0, 1], a little darker at the rim."""
+    ragged = 0.3 * _noise(rng, labels.shape, 22) + 0.06 * _noise(rng, labels.shape, 6)
+    far = _distance(labels == 0) + reach * ragged
+    inside = _smoothstep(-far, -reach - 1, -reach + 1)
+    return inside * (0.8 + 0.2 * np.exp(-(((far - reach) / 2) ** 2)))
+
+
+def _depth(labels: NDArray[np.int32]) -> Map:
+    """Pixels to the end of one's own nucleus, even where it touches another: >= 1 inside, 0 outside."""
+    inner = labels > 0
+    for axis in (0, 1):
+        same = np.diff(labels, axis=axis) == 0
+        before, after = [(0, 0), (0, 0)], [(0, 0), (0, 0)]
+        before[axis], after[axis] = (1, 0), (0, 1)
+        inner &= np.pad(same, before, constant_values=True) & np.pad(same, after, constant_values=True)
+    return np.where(labels > 0, 1 + _distance(inner), 0).astype(np.float32)
+
+
+def _distance(mask: NDArray[np.bool_]) -> Map:
+    """Distance of each True pixel to the nearest False one; bounded where there is none."""
+    far = np.float32(sum(mask.shape))
+    return np.minimum(cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5), far)
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> Map:
+    """Smooth noise, (H, W) of mean 0 and variance about 1, whose bumps are about `scale` pixels wide."""
+    height, width = (int(np.ceil(size / scale)) + 1 for size in shape)
+    coarse = rng.standard_normal((height, width), np.float32)
+    fine = cv2.resize(coarse, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    top, left = (int(rng.integers(0, max(int(scale), 1))) for _ in range(2))
+    return 1.2 * fine[top : top + shape[0], left : left + shape[1]]
+
+
+def _draw_flow(rng: np.random.Generator, shape: tuple[int, int]) -> Map:
+    """Direction of the fibres: (2, H, W), the y and x of unit vectors that turn slowly across the image."""
+    angle = rng.uniform(-np.pi, np.pi) + 0.7 * _noise(rng, shape, 90)
+    return np.stack([np.sin(angle), np.cos(angle)]).astype(np.float32)
+
+
+def _fibres(rng: np.random.Generator, flow: Map) -> Map:
+    """Streaks along `flow`: noise averaged along the stream lines, (H, W), mean 0 and variance 1.
+
+    Line integral convolution (Cabral & Leedom 1993, doi:10.1145/166117.166151) by doubling: each pass
+    reaches twice as far as the one before, so four of them smear over some 30 pixels.
+    """
+    y, x = np.mgrid[: flow.shape[1], : flow.shape[2]].astype(np.float32)
+    streaks = _noise(rng, flow.shape[1:], 3)
+    for step in (1, 2, 4, 8):
+        ends = [
+            cv2.remap(streaks, x + s * flow[1], y + s * flow[0], cv2.INTER_LINEAR, None, cv2.BORDER_REFLECT)
+            for s in (-step, step)
+        ]
+        streaks = (streaks + ends[0] + ends[1]) / 3
+    return (streaks - streaks.mean()) / max(streaks.std(), 1e-6)
+
+
+def _smoothstep(values: Map, low: float, high: float) -> Map:
+    part = np.clip((values - low) / (high - low), 0, 1)
+    return part * part * (3 - 2 * part)
+
+
+KINDS: dict[str, Kind] = {
+    "fluorescence": Kind((9, 17), 0.18, (1.0, 1.8), 0.035, (0.08, 0.30), 0.35, 0.2, _paint_fluorescence),
+    "dense": Kind((5, 8), 0.15, (1.0, 1.5), 0.035, (0.12, 0.35), 0.85, 0.0, _paint_fluorescence),
+    "tissue": Kind((7, 11), 0.22, (1.1, 2.6), 0.04, (0.12, 0.30), 0.35, 0.75, _paint_tissue),
+    "purple": Kind((7, 12), 0.22, (1.0, 2.0), 0.045, (0.10, 0.28), 0.50, 0.4, _paint_purple),
+    "brightfield": Kind((6, 10), 0.20, (1.0, 1.6), 0.04, (0.02, 0.08), 0.30, 0.0, _paint_brightfield),
+}

@@ -1,0 +1,343 @@
+"""The training loop: schedule, steps, averages, logs, and a state that a killed run takes up again."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboardX import SummaryWriter
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import Config, Train, pick
+from dataset import Batch, Loader
+from helper import Meter, autocast, save_checkpoint, write_current
+from loss import Criterion
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of training with one schedule over it.
+
+    Attributes
+    ----------
+    start, target : int
+        Epochs done before it, and at its end; `target` is 0 where the clock decides.
+    minutes : float
+        Wall time of the stretch; 0 where epochs decide.
+    elapsed : float
+        Seconds of it that are spent, over all interruptions.
+    """
+
+    start: int
+    target: int
+    minutes: float = 0.0
+    elapsed: float = 0.0
+
+    def progress(self, epoch: float, elapsed: float) -> float:
+        """How much of the stretch is done, 0 to 1, after `epoch` epochs (with fractions) and `elapsed` seconds."""
+        if self.minutes:
+            return min(elapsed / (60 * self.minutes), 1.0)
+        return min((epoch - self.start) / max(self.target - self.start, 1), 1.0)
+
+    def done(self, epoch: int) -> bool:
+        return self.elapsed >= 60 * self.minutes if self.minutes else epoch >= self.target
+
+
+def plan_span(epoch: int, saved: Span | None, n_epoch: int | None, minutes: float | None, config: Train) -> Span:
+    """What to train now.
+
+    Parameters
+    ----------
+    epoch : int
+        Epochs done.
+    saved : Span or None
+        The stretch of the checkpoint.
+    n_epoch, minutes : optional
+        What the user asked for on the command line.
+
+    Notes
+    -----
+    A stretch that was cut off is finished, when nothing is asked for or the same is asked for again; else what is asked for is
+    counted from here. So a command that is simply repeated after a crash ends where it would have ended.
+    """
+    asked = minutes is not None or n_epoch is not None
+    if saved is not None and not saved.done(epoch):
+        same = saved.minutes == minutes if minutes is not None else saved.target - saved.start == n_epoch
+        if not asked or same:
+            return saved
+    if minutes is not None or (not asked and config.minutes and saved is None):
+        return Span(epoch, 0, minutes if minutes is not None else config.minutes)
+    return Span(epoch, epoch + n_epoch if n_epoch is not None else max(config.n_epoch, epoch))
+
+
+def _constant(progress: float, epoch: int, train: Train) -> float:
+    return 1.0
+
+
+def _step(progress: float, epoch: int, train: Train) -> float:
+    return train.step_factor ** (epoch // train.step_epochs)
+
+
+def _onecycle(progress: float, epoch: int, train: Train) -> float:
+    """Up and down in straight lines (Smith and Topin 2017, arXiv:1708.07120)."""
+    if progress < train.warm_up:
+        return progress / train.warm_up
+    return (1 - progress) / max(1 - train.warm_up, 1e-9)
+
+
+def _cosine(progress: float, epoch: int, train: Train) -> float:
+    """Up in a straight line, down along a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    if progress < train.warm_up:
+        return progress / train.warm_up
+    return 0.5 * (1 + math.cos(math.pi * (progress - train.warm_up) / max(1 - train.warm_up, 1e-9)))
+
+
+#: (progress in [0, 1], epoch, settings) -> factor on the learning rate; without a state of its own, so a resume is exact
+SCHEDULES: dict[str, Callable[[float, int, Train], float]] = {
+    "constant": _constant,
+    "step": _step,
+    "onecycle": _onecycle,
+    "cosine": _cosine,
+}
+
+
+class Trainer:
+    """One network in training.
+
+    Parameters
+    ----------
+    model : module
+        On `device` already.
+    loader : Loader
+    config : Config
+    folder : path
+        Where checkpoints go.
+    evaluate : callable, optional
+        network -> scores of the validation images; "score" decides which checkpoint is the best.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        config: Config,
+        folder: Path,
+        device: torch.device,
+        precision: torch.dtype,
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    ) -> None:
+        self.model, self.loader, self.config, self.folder = model, loader, config, folder
+        self.device, self.precision, self.evaluate = device, precision, evaluate
+        self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        self.criterion = Criterion(pick_rules(config, model.heads))
+        kind = torch.optim.AdamW if config.train.optimizer == "adamw" else torch.optim.Adam
+        decay = config.train.weight_decay if config.train.optimizer == "adamw" else 0.0
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = kind(trainable, lr=config.param.learn_rate, weight_decay=decay)
+        self.schedule = pick(SCHEDULES, config.train.schedule, "schedule")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        self.span = Span(0, config.train.n_epoch)
+        self.epoch = 0
+        self.step = 0
+        self.best = -math.inf
+        self.scores: dict[str, float] = {}
+
+    # State
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint holds, in tensors and plain types."""
+        return {
+            "model": self.model.name,
+            "options": self.model.options,
+            "weights": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "span": asdict(self.span),
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "scores": self.scores,
+            "random": {"torch": torch.get_rng_state()},
+            "config": self.config.to_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up where `state` was saved."""
+        self.model.load_state_dict(state["weights"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.span = Span(**state["span"])
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.scores = dict(state["scores"])
+        torch.set_rng_state(state["random"]["torch"])
+
+    def save(self) -> None:
+        """Write the checkpoints that this epoch is due."""
+        state = self.state()
+        if self.epoch % self.config.train.n_ckpt_epoch == 0:
+            save_checkpoint(self.folder / f"{self.epoch}.pkl", state)
+        save_checkpoint(self.folder / "latest.pkl", state)
+        write_current(self.folder, "latest.pkl", self.epoch)
+
+    # Training
+
+    def run(self, log: SummaryWriter) -> None:
+        """Train to the end of the span, with a checkpoint after every epoch."""
+        while not self.span.done(self.epoch):
+            self._train_epoch(log)
+            last = self.span.done(self.epoch)
+            if self.evaluate is not None and (last or self.epoch % self.config.train.n_cv_epoch == 0):
+                self._validate(log)
+            self.save()
+
+    def _train_epoch(self, log: SummaryWriter) -> None:
+        """One epoch, or what the clock leaves of it."""
+        began, spent = time.monotonic(), self.span.elapsed
+        meters = Meters(self.criterion.terms)
+        self.model.train()
+        n_steps = len(self.loader)
+        bar = tqdm(total=n_steps, desc=f"epoch {self.epoch + 1}", leave=False, disable=None)
+        batches = self.loader.epoch(self.epoch)
+        for i, (batch, waited) in enumerate(_timed(batches)):
+            elapsed = spent + time.monotonic() - began
+            progress = self.span.progress(self.epoch + i / n_steps, elapsed)
+            if self.span.minutes and progress >= 1:
+                break
+            factor = self.schedule(progress, self.epoch, self.config.train)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.param.learn_rate * factor
+            self._train_step(batch, meters)
+            meters.tick(waited)
+            bar.update()
+            if i % self.config.train.print_freq == 0:
+                tqdm.write(meters.line(self.epoch + 1, i, n_steps))
+        batches.close()
+        bar.close()
+        self.epoch += 1
+        self.span = replace(self.span, elapsed=spent + time.monotonic() - began)
+        for name, value in meters.means().items():
+            log.add_scalar(f"train/{name}", value, self.epoch)
+        log.add_scalar("train/learn_rate", self.optimizer.param_groups[0]["lr"], self.epoch)
+
+    def _train_step(self, batch: Batch, meters: Meters) -> None:
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        image = batch.pop("image").contiguous(memory_format=torch.channels_last)
+        with autocast(self.device, self.precision):
+            logits = self.model(image)
+        losses = self.criterion(logits, batch)
+        total = sum_losses(losses)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(total).backward()
+        if self.config.train.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        # Early in training the average forgets fast, or it would still hold the random start.
+        decay = min(self.config.train.ema, (1 + self.step) / (10 + self.step))
+        update_average(self.average, self.model, decay)
+        meters.update(float(total.detach()), logits, batch, len(image))
+
+    def _validate(self, log: SummaryWriter) -> None:
+        assert self.evaluate is not None
+        began = time.monotonic()
+        self.scores = dict(self.evaluate(self.average))
+        self.span = replace(self.span, elapsed=self.span.elapsed + time.monotonic() - began)
+        for name, value in self.scores.items():
+            log.add_scalar(f"valid/{name}", value, self.epoch)
+        text = "    ".join(f"{name}: {value:.4f}" for name, value in self.scores.items())
+        tqdm.write(f"Valid: [{self.epoch}]    {text}")
+        if self.scores["score"] > self.best:
+            self.best = self.scores["score"]
+            save_checkpoint(self.folder / "best.pkl", self.state())
+
+
+class Meters:
+    """Time, loss and pixel IoU a head, of the last batch and of the epoch."""
+
+    def __init__(self, heads: Mapping[str, Any]) -> None:
+        self.time, self.io, self.loss = Meter(), Meter(), Meter()
+        self.iou = {head: Meter() for head in heads}
+        self._last = time.monotonic()
+
+    def tick(self, waited: float) -> None:
+        now = time.monotonic()
+        self.time.update(now - self._last)
+        self.io.update(waited)
+        self._last = now
+
+    def update(self, loss: float, logits: Mapping[str, Tensor], targets: Mapping[str, Tensor], n: int) -> None:
+        self.loss.update(loss, n)
+        for head, meter in self.iou.items():
+            guess, truth = logits[head].detach() > 0, targets[head] > 0.5
+            both = torch.count_nonzero(guess & truth)
+            meter.update(float(both / torch.count_nonzero(guess | truth).clamp(min=1)), n)
+
+    def line(self, epoch: int, step: int, n_steps: int) -> str:
+        """The progress line of a step."""
+        ious = "    ".join(f"IoU({head.title()}): {m.value:.3f} ({m.mean:.3f})" for head, m in self.iou.items())
+        return (
+            f"Epoch: [{epoch}][{step}/{n_steps}]    Time: {self.time.mean:.3f} (io: {self.io.mean:.3f})    "
+            f"Loss: {self.loss.value:.4f} ({self.loss.mean:.4f})    {ious}"
+        )
+
+    def means(self) -> dict[str, float]:
+        return {"loss": self.loss.mean, **{f"iou/{head}": m.mean for head, m in self.iou.items()}}
+
+
+def pick_rules(config: Config, heads: tuple[str, ...]) -> dict[str, str]:
+    """head -> its losses, of the heads that the settings want trained.
+
+    Raises
+    ------
+    ValueError
+        ``[contour] exclusive`` with a network without contour head.
+    """
+    wanted = [head for head in heads if head != "contour" or config.contour.detect]
+    if config.contour.exclusive:
+        wanted = [head for head in wanted if head == "contour"]
+        if not wanted:
+            raise ValueError(f"[contour] exclusive = True trains the contour alone, {config.param.model} does not")
+    return {head: getattr(config.loss, head) for head in wanted}
+
+
+def sum_losses(losses: Mapping[str, Tensor]) -> Tensor:
+    """The total; a term that is not finite is an error that names its head."""
+    total = torch.stack(list(losses.values())).sum()
+    if not torch.isfinite(total):
+        broken = [name for name, value in losses.items() if not torch.isfinite(value)]
+        raise ValueError(f"the loss {', '.join(broken)} is not finite; a lower [param] learn_rate may help")
+    return total
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the averaged weights, and the statistics of its norms, a step towards the model's."""
+    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
+    """Each batch with the seconds it was waited for."""
+    while True:
+        began = time.monotonic()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.monotonic() - began
