@@ -163,7 +163,9 @@ class Pre(Section):
         if self.min_scale > self.max_scale:
             raise ValueError(f"min_scale {self.min_scale} is above max_scale {self.max_scale}")
         if self.percentile_low >= self.percentile_high:
-            raise ValueError(f"percentile_low {self.percentile_low} is not below percentile_high {self.percentile_high}")
+            raise ValueError(
+                f"percentile_low {self.percentile_low} is not below percentile_high {self.percentile_high}"
+            )
         if any(s <= 0 for s in self.std):
             raise ValueError(f"std {list(self.std)} must be positive")
         return self
@@ -310,7 +312,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), f
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options every script shares."""
     parser.add_argument("--config", metavar="FILE", help="settings read over config_default.ini and config.ini")
-    parser.add_argument("--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="one setting; repeatable")
+    parser.add_argument(
+        "--set", metavar="SECTION.KEY=VALUE", action="append", default=[], help="one setting; repeatable"
+    )
     parser.add_argument("--data", metavar="DIR", type=Path, default=Path("data"), help="data folder (default: data)")
     parser.add_argument(
         "--checkpoint-dir", metavar="DIR", type=Path, default=Path("checkpoint"), help="default: checkpoint"
@@ -351,7 +355,11 @@ def _known(section: str, key: str, source: str) -> tuple[str, str]:
         return name, key
     if name not in SECTIONS and (near := _nearest(name, SECTIONS)):
         raise ValueError(f"{source}: unknown section [{section}]{near}")
-    elsewhere = [f"[{other.replace('default', 'DEFAULT')}] {key}" for other, model in SECTIONS.items() if key in model.model_fields]
+    elsewhere = [
+        f"[{other.replace('default', 'DEFAULT')}] {key}"
+        for other, model in SECTIONS.items()
+        if key in model.model_fields
+    ]
     hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else _nearest(key, fields)
     raise ValueError(f"{source}: unknown key '{key}' in section [{section}]{hint}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,11 +18,18 @@ from torch import Tensor
 
 from config import Config
 from image import Cache
+from labels import fill_holes, relabel, remove_small
 from record import Record, balance_weights
 from target import make_targets, plan_targets
 from transform import Sample, build_transform
 
 Batch = dict[str, Tensor]
+
+
+def open_cache(config: Config, data: Path) -> Cache:
+    """The cache of a data folder, with the intensity policy of the settings."""
+    percentiles = (config.pre.percentile_low, config.pre.percentile_high)
+    return Cache(config.dataset.cache_dir or data / ".cache", config.pre.channels, percentiles, config.pre.stretch)
 
 
 class NucleiDataset:
@@ -89,8 +97,6 @@ class NucleiDataset:
 
 def build_cleaner(config: Config) -> Callable[[NDArray[np.int32]], NDArray[np.int32]]:
     """What ``[pre] fill_holes`` and ``min_object_size`` do to the ground truth."""
-    from labels import fill_holes, relabel, remove_small
-
     pre = config.pre
     if not (pre.fill_holes or pre.min_object_size):
         return lambda labels: labels

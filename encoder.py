@@ -81,8 +81,7 @@ class PlainEncoder(nn.Module):
         self.channels = tuple(widths)
         self.strides = tuple(2**i for i in range(len(widths)))
         self.stages = nn.ModuleList(
-            ConvBlock(n_in, n_out, dilation, **options)
-            for n_in, n_out in zip((3, *widths[:-1]), widths, strict=True)
+            ConvBlock(n_in, n_out, dilation, **options) for n_in, n_out in zip((3, *widths[:-1]), widths, strict=True)
         )
         self.pool = nn.MaxPool2d(2)
 

@@ -43,7 +43,11 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_script(main: Callable[[Config, argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+def run_script(
+    main: Callable[[Config, argparse.Namespace], int],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+) -> int:
     """Parse, read the settings, run, and turn what the user got wrong into one line.
 
     Returns
@@ -199,7 +203,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path}: not a checkpoint of this toolkit (without {', '.join(missing)})")
     if state["format"] > CHECKPOINT_FORMAT:
-        raise ValueError(f"{path}: format {state['format']}, this version reads up to {CHECKPOINT_FORMAT}; update the toolkit")
+        raise ValueError(
+            f"{path}: format {state['format']}, this version reads up to {CHECKPOINT_FORMAT}; update the toolkit"
+        )
     return state
 
 

@@ -263,9 +263,7 @@ def _pick_channels(array: NDArray, channels: Sequence[int], path: str | Path) ->
     return array
 
 
-def _to_uint8(
-    array: NDArray, percentiles: tuple[float, float], stretch: bool, path: str | Path
-) -> NDArray[np.uint8]:
+def _to_uint8(array: NDArray, percentiles: tuple[float, float], stretch: bool, path: str | Path) -> NDArray[np.uint8]:
     if array.dtype == bool:
         array = array.astype(np.uint8) * np.uint8(255)
     narrow = array.dtype == np.uint8

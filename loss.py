@@ -46,7 +46,12 @@ def _overlap(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Te
 
 
 #: (B, 1, H, W) logits, target in [0, 1], positive weight -> scalar. A ``w`` before the name asks for the weight map.
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"bce": bce, "focal": focal, "iou": iou, "dice": dice}
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "bce": bce,
+    "focal": focal,
+    "iou": iou,
+    "dice": dice,
+}
 
 
 def parse_terms(text: str) -> list[tuple[float, str, bool]]:

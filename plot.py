@@ -105,9 +105,7 @@ def overlay(image: NDArray[np.uint8], labels: NDArray[np.integer], alpha: float 
     return canvas
 
 
-def compare(
-    image: NDArray[np.uint8], labels: NDArray[np.integer], truth: NDArray[np.integer]
-) -> NDArray[np.uint8]:
+def compare(image: NDArray[np.uint8], labels: NDArray[np.integer], truth: NDArray[np.integer]) -> NDArray[np.uint8]:
     """Draw the boundaries of two label maps over an image.
 
     Parameters
@@ -151,9 +149,7 @@ def heatmap(probs: NDArray[np.floating]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(cv2.applyColorMap(levels, cv2.COLORMAP_MAGMA)[..., ::-1])
 
 
-def side_by_side(
-    panels: Mapping[str, NDArray[Any]], title: str | None = None, columns: int | None = None
-) -> Figure:
+def side_by_side(panels: Mapping[str, NDArray[Any]], title: str | None = None, columns: int | None = None) -> Figure:
     """Arrange arrays as titled panels.
 
     The figure is unknown to pyplot, so it needs no display and is freed when the caller drops it.
@@ -246,9 +242,7 @@ def _rgb(image: NDArray[np.uint8], *maps: NDArray[np.integer]) -> NDArray[np.uin
         raise ValueError(f"image is {image.dtype} of shape {image.shape}; wanted uint8, (H, W, 3) or (H, W)")
     for labels in maps:
         if labels.shape != image.shape[:2]:
-            raise ValueError(
-                f"labels have shape {labels.shape}, the image {image.shape[:2]}; they must be equal"
-            )
+            raise ValueError(f"labels have shape {labels.shape}, the image {image.shape[:2]}; they must be equal")
     return np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image.copy()
 
 

@@ -104,7 +104,10 @@ def separate_walker(mask: Mask, markers: Labels, probs: Probs) -> Labels:
 
 
 #: (mask, markers, probs) -> labels
-POLICIES: dict[str, Callable[[Mask, Labels, Probs], Labels]] = {"ws": separate_watershed, "rw": separate_walker}
+POLICIES: dict[str, Callable[[Mask, Labels, Probs], Labels]] = {
+    "ws": separate_watershed,
+    "rw": separate_walker,
+}
 
 
 def _markers_from_marker(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Mask:

@@ -140,7 +140,11 @@ def _pad(image: NDArray[np.uint8], valid: Valid, stride: int) -> tuple[NDArray[n
 
 
 def _average_views(
-    image: NDArray[np.uint8], network: nn.Module, names: Sequence[str], device: torch.device, precision: torch.dtype
+    image: NDArray[np.uint8],
+    network: nn.Module,
+    names: Sequence[str],
+    device: torch.device,
+    precision: torch.dtype,
 ) -> dict[str, NDArray[np.float32]]:
     views = sorted({view for name in names for view in pick(VIEWS, name, "view")}) or [(0, False)]
     x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(device)

@@ -167,9 +167,7 @@ def _write_image(folder: Path, name: str, image: NDArray[np.uint8], labels: NDAr
 # Shapes and places
 
 
-def _draw_labels(
-    rng: np.random.Generator, row: Kind, flow: Map, n_nuclei: int | None, gap: int
-) -> NDArray[np.int32]:
+def _draw_labels(rng: np.random.Generator, row: Kind, flow: Map, n_nuclei: int | None, gap: int) -> NDArray[np.int32]:
     """Lay nuclei one behind another: each gets what earlier ones (and the gap around them) left free.
 
     So no earlier nucleus is ever cut, ids are sequential, and nuclei that overlap end in a shared border.

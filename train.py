@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from config import Config
-from dataset import build_loader
+from dataset import build_loader, open_cache
 from helper import (
     load_checkpoint, make_parser, pick_device, pick_precision, prepare_process, read_current, run_script, seed_everything,
     set_aside,
@@ -78,12 +78,6 @@ def run(config: Config, args: argparse.Namespace) -> int:
         trainer.run(log)
     print(f"Training finished after epoch {trainer.epoch}: {args.checkpoint_dir / 'latest.pkl'}")
     return 3 if n_bad else 0
-
-
-def open_cache(config: Config, data: Path) -> Cache:
-    """The decoded cache of a data folder."""
-    percentiles = (config.pre.percentile_low, config.pre.percentile_high)
-    return Cache(config.dataset.cache_dir or data / ".cache", config.pre.channels, percentiles, config.pre.stretch)
 
 
 def _resume_state(config: Config, args: argparse.Namespace) -> dict | None:
@@ -158,12 +152,17 @@ def _initialize(model: nn.Module, average: nn.Module, path: Path) -> None:
     for target in (model, average):
         target.load_state_dict(fitting, strict=False)
     fresh = sorted({name.rsplit(".", 1)[0] for name in own.keys() - fitting.keys()})
-    print(f"Initialised {len(fitting)} of {len(own)} tensors from '{path}'" + (f"; fresh: {', '.join(fresh)}" if fresh else ""))
+    print(
+        f"Initialised {len(fitting)} of {len(own)} tensors from '{path}'"
+        + (f"; fresh: {', '.join(fresh)}" if fresh else "")
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where training stopped")
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where training stopped"
+    )
     parser.add_argument("--epoch", type=int, metavar="N", help="train N further epochs")
     parser.add_argument("--minutes", type=float, metavar="M", help="train M minutes; the schedule follows the clock")
     parser.add_argument("--lr", type=float, metavar="X", help="learning rate ([param] learn_rate)")

@@ -226,8 +226,6 @@ def equalize(image: Image) -> Image:
     return cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)
 
 
-
-
 @dataclass(frozen=True)
 class Augmentation:
     """One row: `run(warp or image, rng, pre)`, and whether the settings want it."""

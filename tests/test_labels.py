@@ -130,9 +130,7 @@ def test_overlap_table_equals_plain_loop(labels: np.ndarray) -> None:
     counts = Counter(zip(labels.ravel().tolist(), pred.ravel().tolist(), strict=True))
     table = room.overlap_table(labels, pred)
     assert table.dtype == np.int64
-    assert {
-        pair: table[pair] for pair in zip(*map(np.ndarray.tolist, table.nonzero()), strict=True)
-    } == counts
+    assert {pair: table[pair] for pair in zip(*map(np.ndarray.tolist, table.nonzero()), strict=True)} == counts
     assert np.array_equal(table.sum(axis=1), room.areas(labels))
     assert np.array_equal(table.sum(axis=0), room.areas(pred))
 

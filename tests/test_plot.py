@@ -157,9 +157,7 @@ def test_heatmap_rises_with_probability():
 def figure(sample):
     image, labels = sample
     probs = (labels > 0).astype(np.float32)
-    return side_by_side(
-        {"image": image, "labels": labels, "semantic": probs, "mask": labels > 0}, "dense_0003"
-    )
+    return side_by_side({"image": image, "labels": labels, "semantic": probs, "mask": labels > 0}, "dense_0003")
 
 
 def test_side_by_side_titles_and_grid(figure, sample):
