@@ -1,8 +1,8 @@
 """INI text in, frozen and validated sections out.
 
-Every script reads its settings once, through `load_config`, and hands them down; no other room opens an INI file. What wins, from
-the weakest: the defaults below (``config_default.ini`` explains them, a test keeps the two alike), ``config.ini`` of the
-current folder, ``--config FILE``, ``--set section.key=value``.
+Every script reads its settings once, through `load_config`, and hands them down; no other room opens an INI file.
+What wins, from the weakest: the defaults below (``config_default.ini`` explains them, a test keeps the two alike),
+``config.ini`` of the current folder, ``--config FILE``, ``--set section.key=value``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_FILE = Path(__file__).with_name("config_default.ini")
 #: What a checkpoint knows better than the defaults: how its network wants to see images, and what was tuned for it.
 CHECKPOINT_KEYS = (
-    "default.width", "param.threshold", "param.threshold_edge", "param.threshold_mark", "pre.channels", "pre.percentile_low",
-    "pre.percentile_high", "pre.stretch", "contour.detect", "contour.exclusive",
+    "default.width", "param.threshold", "param.threshold_edge", "param.threshold_mark", "pre.channels",
+    "pre.percentile_low", "pre.percentile_high", "pre.stretch", "contour.detect", "contour.exclusive",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -283,7 +283,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), f
     FileNotFoundError
         `path` does not exist.
     ValueError
-        An unknown section or key, or a value of the wrong type; the message names file, section, key and the nearest known one.
+        An unknown section or key, or a value of the wrong type; the message names file, section, key and the
+        nearest known one.
     """
     layers = [_read_ini(file) for file in (DEFAULT_FILE, Path(folder) / "config.ini") if file.is_file()]
     n_shipped = int(DEFAULT_FILE.is_file())

@@ -1,7 +1,7 @@
 """Records -> samples -> batches.
 
-Batches are made by threads: decoding, warping and distance transforms leave the interpreter's lock alone, and what threads
-make needs no shared memory, no pickling and no copy between processes.
+Batches are made by threads: decoding, warping and distance transforms leave the interpreter's lock alone, and what
+threads make needs no shared memory, no pickling and no copy between processes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class NucleiDataset:
         Returns
         -------
         dict
-            "image" -> (3, H, W) uint8, head -> (1, H, W) float32, "weight" -> (1, H, W) float32 where the settings ask for it.
+            "image" -> (3, H, W) uint8, head -> (1, H, W) float32, "weight" -> (1, H, W) float32 where the settings
+            ask for it.
         """
         sample = self.transform(self.sample(index), np.random.default_rng([self.seed, epoch, index]))
         image = np.ascontiguousarray(sample.image.transpose(2, 0, 1))

@@ -1,6 +1,7 @@
 """Convolution blocks, and encoders that turn an image into a list of feature maps.
 
-An encoder is a module with ``channels`` and ``strides``, one entry a map, finest first; its ``forward`` returns the maps.
+An encoder is a module with ``channels`` and ``strides``, one entry a map, finest first; its ``forward`` returns the
+maps.
 """
 
 from __future__ import annotations

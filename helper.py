@@ -1,4 +1,4 @@
-"""What a run needs beside its subject: device, precision, seeds, meters, checkpoints, and a script that fails in one line."""
+"""What a run needs beside its subject: device, precision, meters, checkpoints, and a script that fails in one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import ctypes
 import json
 import logging
 import os
-import random
 import shutil
 import sys
 import tempfile
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from torch import nn
 
@@ -93,8 +91,8 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The type of autocast.
 
-    `auto` is bfloat16 on a GPU that computes in it, float16 on other GPUs of CUDA, and on a CPU bfloat16 where a convolution is
-    clearly faster in it (many CPUs have the instructions and gain nothing by them), else float32.
+    `auto` is bfloat16 on a GPU that computes in it, float16 on other GPUs of CUDA, and on a CPU bfloat16 where a
+    convolution is clearly faster in it (many CPUs have the instructions and gain nothing by them), else float32.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -122,18 +120,12 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed what draws from a global generator; samples are drawn from generators of their own."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def prepare_process() -> None:
     """Settings of the process that make a run faster and change no result.
 
-    OpenCV gets one thread a call, since the loader's threads already fill the cores. The C library keeps freed memory: giving
-    the large tensors of a training step back to the system, and faulting them in again, cost 40 percent of a step on a CPU.
+    OpenCV gets one thread a call, since the loader's threads already fill the cores. The C library keeps freed
+    memory: giving the large tensors of a training step back to the system, and faulting them in again, cost 40
+    percent of a step on a CPU.
     """
     cv2.setNumThreads(1)
     if sys.platform == "linux":

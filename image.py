@@ -1,7 +1,7 @@
 """Any image or label file -> array, the policy that brings intensities to 8 bits, and the cache of what was decoded.
 
-Decoded images and label maps are written once to disk and opened as memory maps from then on, so that all threads, processes
-and later runs share one copy, and nothing is ever sent from one process to another.
+Decoded images and label maps are written once to disk and opened as memory maps from then on, so that all threads,
+processes and later runs share one copy, and nothing is ever sent from one process to another.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def read_image(
 ) -> NDArray[np.uint8]:
     """Read an image as 8-bit RGB.
 
-    8-bit pixels are taken as they are; 16-bit and float ones are scaled between two percentiles of the image. Gray becomes
-    three equal channels, alpha is dropped.
+    8-bit pixels are taken as they are; 16-bit and float ones are scaled between two percentiles of the image. Gray
+    becomes three equal channels, alpha is dropped.
 
     Parameters
     ----------
@@ -87,9 +87,9 @@ def read_image(
 def read_labels(masks: Path | Sequence[Path], shape: tuple[int, int] | None = None) -> NDArray[np.int32]:
     """Read the nuclei of an image, from one label map or from one mask a nucleus.
 
-    A pixel that several masks claim goes to the smallest of them (then a nucleus lying on a larger one survives), of equal
-    ones to the first by file name. A mask is where its file exceeds half of its maximum; one without a pixel is skipped with a
-    warning.
+    A pixel that several masks claim goes to the smallest of them (then a nucleus lying on a larger one survives),
+    of equal ones to the first by file name. A mask is where its file exceeds half of its maximum; one without a
+    pixel is skipped with a warning.
 
     Parameters
     ----------
@@ -144,8 +144,8 @@ class Cache:
 
     Notes
     -----
-    An entry is keyed by the paths, sizes and modification times of the files it comes from: a changed file is decoded again, and
-    its old entry removed. Entries appear atomically, so several processes may fill one cache.
+    An entry is keyed by the paths, sizes and modification times of the files it comes from: a changed file is
+    decoded again, and its old entry removed. Entries appear atomically, so several processes may fill one cache.
     """
 
     folder: Path

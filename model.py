@@ -16,8 +16,8 @@ from encoder import ConvBlock, build_encoder
 class Decoder(nn.Module):
     """From the deepest map of an encoder back to the finest.
 
-    Every step is a 2 x 2 transposed convolution to half the channels, concatenation with the encoder's map, and a block to
-    the width of that map.
+    Every step is a 2 x 2 transposed convolution to half the channels, concatenation with the encoder's map, and a
+    block to the width of that map.
     """
 
     def __init__(self, channels: Sequence[int], dilation: int = 1, **options) -> None:
@@ -39,8 +39,8 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
     """An encoder, one decoder a head (or one for all), and a 1 x 1 convolution a head.
 
-    Ronneberger et al. 2015 (doi:10.1007/978-3-319-24574-4_28); the heads beside the semantic one follow Chen et al. 2016
-    (DCAN, doi:10.1109/CVPR.2016.273).
+    Ronneberger et al. 2015 (doi:10.1007/978-3-319-24574-4_28); the heads beside the semantic one follow Chen et al.
+    2016 (DCAN, doi:10.1109/CVPR.2016.273).
 
     Parameters
     ----------

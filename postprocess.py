@@ -1,4 +1,5 @@
-"""Probability maps -> instances. The only road from a network to a label map: scores, files, figures and tuning all take it."""
+"""Probability maps -> instances. The only road from a network to a label map: scores, files, figures and tuning all
+take it."""
 
 from __future__ import annotations
 

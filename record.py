@@ -1,4 +1,5 @@
-"""What images there are: find them on disk, describe them by a CSV, filter, split and balance them. Pixels are not touched."""
+"""What images there are: find them on disk, describe them by a CSV, filter, split and balance them. Pixels are not
+touched."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def find_records(path: str | Path) -> list[Record]:
     """Find the images at `path`, in any of the layouts the toolkit reads.
 
     One image file; a folder of loose images; the Kaggle layout (``<id>/images/<one image>``, ``<id>/masks/<one file per
-    nucleus>``), of one image or of many; a folder ``images`` with a folder ``masks`` or ``labels`` of label maps of the same names.
+    nucleus>``), of one image or of many; a folder ``images`` with a folder ``masks`` or ``labels`` of label maps of
+    the same names.
 
     Returns
     -------
@@ -177,8 +179,8 @@ def split_by_ids(records: Sequence[Record], path: str | Path) -> tuple[list[Reco
 def load_split(data: Path, options: Dataset) -> tuple[list[Record], list[Record]]:
     """The training and validation records of a data folder, as the settings have it.
 
-    ``data/train`` and ``data/valid`` where both are there; else ``data/train`` (or `data` itself, where it has no such folder)
-    split by ``valid_ids``, else by ``cv_ratio`` and ``cv_seed``.
+    ``data/train`` and ``data/valid`` where both are there; else ``data/train`` (or `data` itself, where it has no
+    such folder) split by ``valid_ids``, else by ``cv_ratio`` and ``cv_seed``.
     """
     folder = data / "train" if (data / "train").is_dir() else data
     records = load_records(folder, data, options)

@@ -52,7 +52,8 @@ class Geometry:
 
     @cached_property
     def depth(self) -> FloatMap:
-        """Distance (px) to the nearest pixel that is not of the same nucleus; 0 in the background, at least 1 inside."""
+        """Distance (px) to the nearest pixel that is not of the same nucleus; 0 in the background, at least 1
+        inside."""
         core = (self.inside & ~self.inner_edge).astype(np.uint8)
         return (cv2.distanceTransform(core, cv2.DIST_L2, cv2.DIST_MASK_5) + 1) * self.inside
 

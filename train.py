@@ -6,8 +6,8 @@
     python train.py --init weights/default.pkl       fine-tune
     python train.py --set param.model=caunet --set dataset.valid_ids=valid_ids.txt
 
-Reads data/train (and data/valid, or splits by [dataset] cv_ratio or valid_ids); writes checkpoints and a TensorBoard log into
-the checkpoint folder.
+Reads data/train (and data/valid, or splits by [dataset] cv_ratio or valid_ids); writes checkpoints and a
+TensorBoard log into the checkpoint folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from tqdm import tqdm
 from config import Config
 from dataset import build_loader, open_cache
 from helper import (
-    load_checkpoint, make_parser, pick_device, pick_precision, prepare_process, read_current, run_script, seed_everything,
+    load_checkpoint,
+    make_parser,
+    pick_device,
+    pick_precision,
+    prepare_process,
+    read_current,
+    run_script,
     set_aside,
 )  # fmt: skip
 from image import Cache, ImageError
@@ -40,7 +46,7 @@ from trainer import Span, Trainer, plan_span
 
 def run(config: Config, args: argparse.Namespace) -> int:
     prepare_process()
-    seed_everything(config.train.seed)
+    torch.manual_seed(config.train.seed)
     device = pick_device(config.train.device)
     precision = pick_precision(config.train.precision, device)
     state = _resume_state(config, args)
@@ -89,8 +95,8 @@ def _resume_state(config: Config, args: argparse.Namespace) -> dict | None:
     wanted = (config.param.model, model_options(config))
     if (state["model"], state["options"]) != wanted:
         raise ValueError(
-            f"{current} holds a {state['model']} with options {state['options']}, the settings ask for {wanted[0]} with "
-            f"{wanted[1]}; start anew with --no-resume, or train in another --checkpoint-dir"
+            f"{current} holds a {state['model']} {state['options']}, the settings ask for a {wanted[0]} {wanted[1]}; "
+            "start anew with --no-resume, or train in another --checkpoint-dir"
         )
     return state
 

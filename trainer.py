@@ -67,8 +67,9 @@ def plan_span(epoch: int, saved: Span | None, n_epoch: int | None, minutes: floa
 
     Notes
     -----
-    A stretch that was cut off is finished, when nothing is asked for or the same is asked for again; else what is asked for is
-    counted from here. So a command that is simply repeated after a crash ends where it would have ended.
+    A stretch that was cut off is finished, when nothing is asked for or the same is asked for again; else what is
+    asked for is counted from here. So a command that is simply repeated after a crash ends where it would have
+    ended.
     """
     asked = minutes is not None or n_epoch is not None
     if saved is not None and not saved.done(epoch):
@@ -102,7 +103,8 @@ def _cosine(progress: float, epoch: int, train: Train) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - train.warm_up) / max(1 - train.warm_up, 1e-9)))
 
 
-#: (progress in [0, 1], epoch, settings) -> factor on the learning rate; without a state of its own, so a resume is exact
+#: (progress in [0, 1], epoch, settings) -> factor on the learning rate; without a state of its own, so a resume is
+#: exact
 SCHEDULES: dict[str, Callable[[float, int, Train], float]] = {
     "constant": _constant,
     "step": _step,

@@ -1,7 +1,7 @@
 """Augment a sample: an image with its label map, moved and coloured at random.
 
-All geometric rows of the table only describe where the pixels of the crop come from; the image and its labels are then read
-once, through one `Warp`, whatever the number of rows. Colour rows follow and touch the image alone.
+All geometric rows of the table only describe where the pixels of the crop come from; the image and its labels are
+then read once, through one `Warp`, whatever the number of rows. Colour rows follow and touch the image alone.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Warp:
         Parameters
         ----------
         precise : bool
-            Move each nucleus as a mask of its own with linear interpolation, then compose; else all by nearest neighbour.
+            Move each nucleus as a mask of its own with linear interpolation, then compose; else all by nearest
+            neighbour.
         """
         xy = self.coordinates()
         # Only the part of the source that is needed: it may be a memory map of a large image.
