@@ -21,6 +21,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 logger = logging.getLogger(__name__)
 
 DEFAULT_FILE = Path(__file__).with_name("config_default.ini")
+#: What decides which images a network was trained on.
+SPLIT_KEYS = tuple(
+    f"dataset.{key}"
+    for key in ("csv_file", "source", "major_category", "sub_category", "cv_ratio", "cv_seed", "cv_group", "valid_ids")
+)
 #: What a checkpoint knows better than the defaults: how its network wants to see images, and what was tuned for it.
 CHECKPOINT_KEYS = (
     "default.width", "param.threshold", "param.threshold_edge", "param.threshold_mark", "pre.channels",
@@ -55,6 +60,8 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
 Views = Annotated[tuple[str, ...], BeforeValidator(_views)]
 Channels = Annotated[tuple[int, ...], BeforeValidator(_split_list), Field(max_length=3)]
 Triple = Annotated[tuple[float, float, float], BeforeValidator(_parse_json)]
+OptionalBool = Annotated[bool | None, BeforeValidator(_empty_to_none)]
+OptionalInt = Annotated[int | None, BeforeValidator(_empty_to_none)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_empty_to_none)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -65,8 +72,8 @@ class Section(BaseModel):
 
 class Default(Section):
     width: int = Field(256, ge=16)
-    branch_marker: bool | None = None
-    branch_contour: bool | None = None
+    branch_marker: OptionalBool = None
+    branch_contour: OptionalBool = None
 
 
 class Param(Section):
@@ -81,7 +88,7 @@ class Param(Section):
     threshold: Fraction = 0.5
     threshold_edge: Fraction = 0.5
     threshold_mark: Fraction = 0.5
-    gcd_depth: int | None = None
+    gcd_depth: OptionalInt = None
 
 
 class Contour(Section):
@@ -122,8 +129,8 @@ class Train(Section):
 
 
 class Valid(Section):
-    figure_pos_x: int | None = Field(None)
-    figure_pos_y: int | None = Field(None)
+    figure_pos_x: OptionalInt = None
+    figure_pos_y: OptionalInt = None
     pred_orig_size: bool = True
     padding: Literal["reflect", "replicate", "black", "white"] = "reflect"
     border: int = Field(32, ge=0)
@@ -131,6 +138,12 @@ class Valid(Section):
     print_table: bool = False
     test_time_augment: Views = ("flips",)
     ensemble: Literal["avg", "vote"] = "avg"
+
+    @property
+    def figure_position(self) -> tuple[int, int] | None:
+        """Where a figure window opens, (x, y) pixels; None where the system may choose."""
+        x, y = self.figure_pos_x, self.figure_pos_y
+        return None if x is None and y is None else (x or 0, y or 0)
 
 
 class Pre(Section):
@@ -157,6 +170,11 @@ class Pre(Section):
     add_noise: bool = False
     fill_holes: bool = False
     min_object_size: int = Field(0, ge=0)
+
+    @property
+    def policy(self) -> tuple[tuple[int, ...], tuple[float, float], bool]:
+        """How intensities are read: channels, percentiles, stretch, as `image.read_image` takes them."""
+        return self.channels, (self.percentile_low, self.percentile_high), self.stretch
 
     @model_validator(mode="after")
     def _ordered(self) -> Pre:
@@ -300,8 +318,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), f
             values.setdefault(section, {})[key] = value
             origin[f"{section}.{key}"] = source
     user_set = frozenset(f"{section}.{key}" for layer in layers[n_shipped:] for section, key in layer)
-    for key in user_set & _DEPRECATED.keys():
-        logger.warning("%s: %s is ignored: %s", origin[key], key, _DEPRECATED[key])
+    for key in sorted(user_set):
+        section, _, name = key.rpartition(".")
+        if reason := _DEPRECATED.get(key if section in SECTIONS else f"default.{name}"):
+            logger.warning("%s: %s is ignored: %s", origin[key], key, reason)
     sections = {name: values.pop(name, {}) for name in SECTIONS}
     widths = {name: keys["width"] for name, keys in values.items() if "width" in keys}
     try:

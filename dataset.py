@@ -28,8 +28,7 @@ Batch = dict[str, Tensor]
 
 def open_cache(config: Config, data: Path) -> Cache:
     """The cache of a data folder, with the intensity policy of the settings."""
-    percentiles = (config.pre.percentile_low, config.pre.percentile_high)
-    return Cache(config.dataset.cache_dir or data / ".cache", config.pre.channels, percentiles, config.pre.stretch)
+    return Cache(config.dataset.cache_dir or data / ".cache", *config.pre.policy)
 
 
 class NucleiDataset:

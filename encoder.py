@@ -66,7 +66,20 @@ class ConvBlock(nn.Sequential):
         super().__init__(ConvUnit(n_in, n_out, **options), ConvUnit(n_out, n_out, dilation=dilation, **options))
 
 
-class PlainEncoder(nn.Module):
+class Encoder(nn.Module):
+    """What every encoder tells of itself.
+
+    Attributes
+    ----------
+    channels, strides : tuple of int
+        Of each map that `forward` returns, finest first.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class PlainEncoder(Encoder):
     """A block a stage, halved by max pooling in between.
 
     Parameters
@@ -93,9 +106,9 @@ class PlainEncoder(nn.Module):
         return maps
 
 
-ENCODERS: dict[str, Callable[..., nn.Module]] = {"plain": PlainEncoder}
+ENCODERS: dict[str, Callable[..., Encoder]] = {"plain": PlainEncoder}
 
 
-def build_encoder(name: str, **options) -> nn.Module:
+def build_encoder(name: str, **options) -> Encoder:
     """An encoder by name; `options` go to its row."""
     return pick(ENCODERS, name, "encoder")(**options)

@@ -27,6 +27,7 @@ from labels import relabel
 logger = logging.getLogger(__name__)
 
 PNG_MAGIC = b"\x89PNG"
+PNG_PALETTE = 3  # colour type, byte 25
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 #: The least range of gray levels that `stretch` widens to the full one.
 STRETCH_FLOOR = 16
@@ -175,7 +176,7 @@ class Cache:
         entry = self.folder / self._keys[memo]
         try:
             return np.load(entry, mmap_mode="r")
-        except (FileNotFoundError, ValueError, EOFError):
+        except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
             self._store(entry, decode())
         return np.load(entry, mmap_mode="r")
 
@@ -205,7 +206,8 @@ class Cache:
                 old.unlink(missing_ok=True)
 
 
-def _decode(path: Path) -> Pixels:
+def _decode(path: Path, colors: bool = True) -> Pixels:
+    """Decode a file; without `colors`, the indices of a palette stay as they are."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -213,39 +215,47 @@ def _decode(path: Path) -> Pixels:
     if not data:
         raise ImageError(f"{path}: empty file")
     try:
-        if data.startswith(PNG_MAGIC):
+        if data.startswith(PNG_MAGIC) and (colors or data[25] != PNG_PALETTE):
             array = imagecodecs.png_decode(data)
             return Pixels(array, array.ndim == 3 and array.shape[-1] in (2, 4))
         if data.startswith(TIFF_MAGIC):
-            return _decode_tiff(path, data)
-        return _decode_other(data)
+            return _decode_tiff(path, data, colors)
+        return _decode_other(data, colors)
     except ImageError:
         raise
     except Exception as error:  # every codec has errors of its own, and all of them mean the same to the user
         raise ImageError(f"{path}: not a readable image: {' '.join(str(error).split())[:200]}") from None
 
 
-def _decode_tiff(path: Path, data: bytes) -> Pixels:
+def _decode_tiff(path: Path, data: bytes, colors: bool) -> Pixels:
     with tifffile.TiffFile(BytesIO(data)) as file:
         series = file.series[0]
         array = series.asarray()
         axes = series.axes
-        extra = file.pages[0].extrasamples  # type: ignore[union-attr]
+        page = file.pages[0].keyframe
     kept = [axis for axis, n in zip(axes, array.shape, strict=True) if n > 1 or axis in "YX"]
     array = array.reshape([n for axis, n in zip(axes, array.shape, strict=True) if n > 1 or axis in "YX"])
     if kept == ["Y", "X"]:
+        if colors and page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
+            array = (page.colormap >> 8).astype(np.uint8).T[array]  # of 16 bits, widened from 8
         return Pixels(array, False)
     if sorted(kept) in (["S", "X", "Y"], ["C", "X", "Y"]):
         channel = next(i for i, axis in enumerate(kept) if axis in "SC")
-        return Pixels(np.moveaxis(array, channel, -1), "S" in kept and bool(extra))
+        return Pixels(np.moveaxis(array, channel, -1), "S" in kept and _has_alpha(page))
     named = {"Z": "a z stack", "T": "a time series"}
     what = next((named[axis] for axis in kept if axis in named), "a stack of pages")
     raise ImageError(f"{path}: {what} (axes {''.join(kept)}, shape {array.shape}); save one plane of it")
 
 
-def _decode_other(data: bytes) -> Pixels:
+def _has_alpha(page: tifffile.TiffPage) -> bool:
+    # A sample of unspecified meaning is opacity behind three colours, but a channel among others.
+    named = page.extrasamples[-1:] not in ((), (tifffile.EXTRASAMPLE.UNSPECIFIED,))
+    return named or bool(page.extrasamples) and page.photometric == tifffile.PHOTOMETRIC.RGB
+
+
+def _decode_other(data: bytes, colors: bool) -> Pixels:
     with Image.open(BytesIO(data)) as file:
-        plain = file.mode in {"L", "I", "F", "RGB"} or file.mode.startswith("I;16")
+        plain = file.mode in {"L", "I", "F", "RGB"} or file.mode.startswith("I;16") or (file.mode == "P" and not colors)
         return Pixels(np.asarray(file if plain else file.convert("RGB")), False)
 
 
@@ -286,11 +296,7 @@ def _read_mask(path: Path) -> NDArray[np.bool_]:
 
 
 def _read_label_map(path: Path, shape: tuple[int, int] | None) -> NDArray[np.int32]:
-    array, alpha = _decode(path)
-    if array.ndim == 3:
-        with Image.open(path) as file:
-            if file.mode == "P":  # the numbers are the indices, not their colours
-                array = np.asarray(file)
+    array, alpha = _decode(path, colors=False)
     if array.ndim == 3:
         array = array[..., :-1] if alpha else array
         if (array != array[..., :1]).any():

@@ -42,6 +42,7 @@ def _overlap(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Te
     """Of each image: sum of the product, and sum of the sums, of probability and target."""
     probs = torch.sigmoid(logits)
     axes = (1, 2, 3)
+    weight = weight / weight.mean(axes, keepdim=True)  # or the 1 that smooths would count less among large weights
     return (probs * target * weight).sum(axes), ((probs + target) * weight).sum(axes)
 
 
@@ -58,7 +59,7 @@ def parse_terms(text: str) -> list[tuple[float, str, bool]]:
     """Read ``wbce + 0.5*dice`` as (factor, row of `LOSSES`, weighted?) of each term."""
     terms = []
     for part in text.split("+"):
-        found = re.fullmatch(r"(?:([0-9.]+)\s*\*\s*)?([a-z_]+)", part.strip())
+        found = re.fullmatch(r"(?:(\d+\.?\d*|\.\d+)\s*\*\s*)?([a-z_]+)", part.strip())
         if not found:
             raise ValueError(f"[loss] '{text}': wanted a sum such as wbce + 0.5*dice")
         factor, name = float(found[1] or 1), found[2]
@@ -95,5 +96,6 @@ class Criterion:
             for factor, name, weighted in terms:
                 weight = targets.get("weight", ones) if weighted else ones
                 label = f"{head}/{'w' if weighted else ''}{name}"
-                losses[label] = factor * LOSSES[name](logits[head].float(), targets[head], weight)
+                value = factor * LOSSES[name](logits[head].float(), targets[head], weight)
+                losses[label] = losses[label] + value if label in losses else value
         return losses

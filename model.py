@@ -36,7 +36,30 @@ class Decoder(nn.Module):
         return x
 
 
-class UNet(nn.Module):
+class Network(nn.Module):
+    """What every network tells of itself, so that callers loop over its heads and never ask for its name.
+
+    Attributes
+    ----------
+    heads : tuple of str
+        Names of the maps that come out.
+    stride : int
+        Sides that are a multiple of it need no padding.
+    name, options
+        What `build_model` needs to build it again.
+    mean, std : (3, 1, 1) float32
+        Normalisation of RGB in [0, 1]; buffers, kept with the weights.
+    """
+
+    heads: tuple[str, ...]
+    stride: int
+    name: str
+    options: dict[str, Any]
+    mean: Tensor
+    std: Tensor
+
+
+class UNet(Network):
     """An encoder, one decoder a head (or one for all), and a 1 x 1 convolution a head.
 
     Ronneberger et al. 2015 (doi:10.1007/978-3-319-24574-4_28); the heads beside the semantic one follow Chen et al.
@@ -53,13 +76,7 @@ class UNet(nn.Module):
     mean, std : three floats
         Normalisation of RGB in [0, 1]; kept with the weights.
     options
-        Of the convolution blocks: dilation, conv_order, activation, norm, dropout.
-
-    Attributes
-    ----------
-    heads : tuple of str
-    stride : int
-        Sides that are a multiple of it need no padding.
+        Of the convolution blocks: dilation, order, activation, norm, dropout.
     """
 
     def __init__(
@@ -74,7 +91,7 @@ class UNet(nn.Module):
         super().__init__()
         self.heads = tuple(heads)
         self.encoder = build_encoder(encoder, **options)
-        self.stride: int = self.encoder.strides[-1]
+        self.stride = self.encoder.strides[-1]
         channels = self.encoder.channels
         self.decoders = nn.ModuleList(Decoder(channels, **options) for _ in range(1 if shared else len(heads)))
         self.outputs = nn.ModuleDict({head: nn.Conv2d(channels[0], 1, 1) for head in heads})
@@ -119,7 +136,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_model(name: str, **options: Any) -> nn.Module:
+def build_model(name: str, **options: Any) -> Network:
     """A fresh network by name.
 
     Parameters
@@ -128,11 +145,6 @@ def build_model(name: str, **options: Any) -> nn.Module:
         Row of `MODELS`.
     options
         Override the row; see `UNet`.
-
-    Returns
-    -------
-    module
-        With ``heads``, ``stride``, and ``name`` and ``options`` to build it again.
 
     Raises
     ------
@@ -160,7 +172,7 @@ def model_options(config: Config) -> dict[str, Any]:
     }
 
 
-def load_model(checkpoint: Mapping[str, Any], averaged: bool = True) -> nn.Module:
+def load_model(checkpoint: Mapping[str, Any], averaged: bool = True) -> Network:
     """The network of a checkpoint, in evaluation mode.
 
     Parameters

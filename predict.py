@@ -59,14 +59,13 @@ class Segmenter:
             probs.pop("contour", None)
         return probs
 
+    def separate(self, probs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int32]:
+        """The instances of probability maps by the rules of the settings, (H, W) int32."""
+        return instances(probs, self.config.post, self.config.thresholds)
+
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an image, (H, W) int32."""
-        return segment(self.probs(image), self.config)
-
-
-def segment(probs: Mapping[str, NDArray[np.float32]], config: Config) -> NDArray[np.int32]:
-    """Instances of probability maps by the rules of the settings."""
-    return instances(probs, config.post, config.thresholds)
+        return self.separate(self.probs(image))
 
 
 def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:

@@ -107,8 +107,9 @@ def describe_records(records: Sequence[Record], table: dict[str, dict[str, str]]
     """Add the columns of `table` to the records; a record without a row stays as it is."""
     described = []
     for record in records:
-        row = table.get(record.id, {})
-        described.append(replace(record, **{column: row.get(column) or "" for column in CSV_COLUMNS}))
+        row = table.get(record.id)
+        known = {column: row.get(column) or "" for column in CSV_COLUMNS} if row else {}
+        described.append(replace(record, **known))
     return described
 
 

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -262,9 +264,23 @@ class Trainer:
             log.add_scalar(f"valid/{name}", value, self.epoch)
         text = "    ".join(f"{name}: {value:.4f}" for name, value in self.scores.items())
         tqdm.write(f"Valid: [{self.epoch}]    {text}")
+        self._log_images(log)
         if self.scores["score"] > self.best:
             self.best = self.scores["score"]
             save_checkpoint(self.folder / "best.pkl", self.state())
+
+    @torch.inference_mode()
+    def _log_images(self, log: SummaryWriter) -> None:
+        """A few training images beside their targets and predictions, the first three heads as red, green and blue."""
+        n = min(self.config.train.n_image_log, len(self.loader.dataset))
+        for index in range(n):
+            item = self.loader.dataset.item(index, self.epoch)
+            logits = self.average(torch.from_numpy(item["image"])[None].to(self.device))
+            heads = [head for head in self.average.heads if head in self.criterion.terms]
+            truth = np.concatenate([item[head] for head in heads])
+            guess = np.concatenate([torch.sigmoid(logits[head][0]).float().cpu().numpy() for head in heads])
+            panels = [item["image"] / 255, _as_rgb(truth), _as_rgb(guess)]
+            log.add_image(f"train/{index}", np.concatenate(panels, axis=2), self.epoch)
 
 
 class Meters:
@@ -333,6 +349,11 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
             mean.lerp_(value, 1 - decay)
         else:
             mean.copy_(value)
+
+
+def _as_rgb(maps: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(C, H, W) in [0, 1] -> (3, H, W): at most three maps as colours, absent ones black."""
+    return np.concatenate([maps[:3], np.zeros((max(3 - len(maps), 0), *maps.shape[1:]), np.float32)])
 
 
 def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:

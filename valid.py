@@ -1,0 +1,178 @@
+"""Predict: show, save, score and export the nuclei of images.
+
+    python valid.py                                  show data/test on the screen, or in a notebook cell
+    python valid.py --csv                            write result.csv, the competition's run-length form
+    python valid.py --dataset valid --iou            score the validation images
+    python valid.py checkpoint/100.pkl checkpoint/best.pkl --csv        an ensemble
+    python valid.py --input photos/ --save --label   figures and label maps of your own images
+
+Without a checkpoint named, best.pkl of the checkpoint folder is used, else its newest, else the weights that ship.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+import plot
+from annotation import WRITERS, write_csv
+from config import SPLIT_KEYS, Config
+from helper import find_checkpoint, load_checkpoint, make_parser, prepare_process, run_script
+from image import ImageError, read_image, read_labels
+from predict import Segmenter, load_segmenter
+from record import Record, find_records, load_records, load_split
+from score import Score, format_summary, score_image, summarize, write_scores
+from transform import equalize
+
+
+@dataclass
+class Result:
+    """One image, predicted: `probs` head -> (H, W), `labels` and `truth` (H, W) int32."""
+
+    record: Record
+    image: NDArray[np.uint8]
+    probs: dict[str, NDArray[np.float32]]
+    labels: NDArray[np.int32]
+    truth: NDArray[np.int32] | None
+
+    @cached_property
+    def score(self) -> Score | None:
+        """Against the truth, where it is known."""
+        return None if self.truth is None else score_image(self.record, self.truth, self.labels)
+
+
+@dataclass
+class Tally:
+    """What a run has come to."""
+
+    images: int = 0
+    nuclei: int = 0
+    scores: list[Score] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def run(config: Config, args: argparse.Namespace) -> int:
+    prepare_process()
+    paths = args.checkpoint or [find_checkpoint(args.checkpoint_dir)]
+    segmenter = load_segmenter(paths, config)
+    print(f"Using {', '.join(str(path) for path in paths)} on {segmenter.device}")
+    records = choose_records(args, config.inherit(load_checkpoint(paths[0])["config"], SPLIT_KEYS))
+    if args.iou and all(record.masks is None for record in records):
+        raise ValueError("--iou: none of the images has masks to be scored against")
+
+    tally, folder, began = Tally(), args.output or Path("."), time.monotonic()
+    delivered = deliver(predict_all(records, segmenter, tally), config, args, tally)
+    if args.csv:
+        write_csv(folder / "result.csv", delivered)
+        print(f"{folder / 'result.csv'}: {tally.nuclei} nuclei in {tally.images} images")
+    else:
+        deque(delivered, maxlen=0)
+    if tally.scores:
+        print(format_summary(summarize(tally.scores)))
+    if args.iou:
+        write_scores(folder / "iou.csv", tally.scores)
+        print(f"{folder / 'iou.csv'}: scores of {len(tally.scores)} images")
+    refused = f", {len(tally.refused)} refused" if tally.refused else ""
+    print(f"{tally.images} images in {time.monotonic() - began:.1f} s{refused}")
+    return 3 if tally.refused else 0
+
+
+def choose_records(args: argparse.Namespace, config: Config) -> list[Record]:
+    """The images the command line asks for."""
+    if args.input is not None:
+        return find_records(args.input)
+    folder = args.data / args.dataset
+    if folder.is_dir() and (args.dataset != "train" or (args.data / "valid").is_dir()):
+        return load_records(folder, args.data, config.dataset)
+    if args.dataset == "test":
+        raise FileNotFoundError(f"{folder}: no such folder; name images by --input, or a split by --dataset valid")
+    train, valid = load_split(args.data, config.dataset)
+    records = valid if args.dataset == "valid" else train
+    if not records:
+        raise ValueError(f"the split holds no image for --dataset {args.dataset}; see [dataset] cv_ratio and valid_ids")
+    return records
+
+
+def predict_all(records: Sequence[Record], segmenter: Segmenter, tally: Tally) -> Iterator[Result]:
+    """Predict image by image; one that cannot be used is named and passed over."""
+    for record in tqdm(records, "predicting", disable=None):
+        try:
+            image = read_image(record.image, *segmenter.config.pre.policy)
+            truth = read_labels(record.masks, image.shape[:2]) if record.masks is not None else None
+        except ImageError as error:
+            tally.refused.append(record.id)
+            tqdm.write(f"refused: {error}", file=sys.stderr)
+            continue
+        probs = segmenter.probs(image)
+        yield Result(record, image, probs, segmenter.separate(probs), truth)
+
+
+def deliver(
+    results: Iterable[Result], config: Config, args: argparse.Namespace, tally: Tally
+) -> Iterator[tuple[str, NDArray[np.int32]]]:
+    """Score, export and draw each result as the command line asks, and hand on its id and labels."""
+    writers = [name for name in WRITERS if getattr(args, name)]
+    drawing = args.save or not (args.csv or args.iou or writers)
+    folder = args.output or args.data / "predict"
+    for result in results:
+        tally.images += 1
+        tally.nuclei += int(result.labels.max(initial=0))
+        if result.score is not None:
+            tally.scores.append(result.score)
+        if config.valid.print_table:
+            score = (
+                "" if result.score is None else f"  mAP {result.score.mean_precision:.4f}  IoU {result.score.iou:.4f}"
+            )
+            tqdm.write(f"{result.record.id}  {result.labels.max(initial=0)} nuclei{score}")
+        for name in writers:
+            WRITERS[name](folder, result.record.id, result.labels)
+        if drawing:
+            figure = draw(result, config.valid.view_color_equalize)
+            if args.save:
+                plot.save(figure, folder / f"{result.record.id}.png")
+            elif not plot.show(figure, config.valid.figure_position):
+                print("No display here: --save writes the figures to files")
+                return
+        yield result.record.id, result.labels
+
+
+def draw(result: Result, equalized: bool = False):
+    """The image beside its nuclei, the truth where it is known, and the probability maps, as a figure."""
+    image = equalize(result.image) if equalized else result.image
+    panels = {"image": image, f"{result.labels.max()} nuclei": plot.overlay(image, result.labels)}
+    title = result.record.id
+    if result.truth is not None and (score := result.score) is not None:
+        panels[f"{result.truth.max()} true"] = plot.overlay(image, result.truth)
+        panels["truth, prediction, both"] = plot.compare(image, result.labels, result.truth)
+        title = f"{title}   mAP {score.mean_precision:.3f}   IoU {score.iou:.3f}"
+    return plot.side_by_side({**panels, **result.probs}, title)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "checkpoint", nargs="*", type=Path, metavar="CKPT", help="checkpoints; several make an ensemble"
+    )
+    parser.add_argument("--dataset", choices=("test", "valid", "train"), default="test", help="default: test")
+    parser.add_argument("--input", type=Path, metavar="PATH", help="an image, a folder of images, or the Kaggle layout")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write")
+    parser.add_argument("--save", action="store_true", help="write side-by-side figures")
+    parser.add_argument("--csv", action="store_true", help="write result.csv, run-length coded")
+    parser.add_argument("--iou", action="store_true", help="score against the masks, write iou.csv")
+    parser.add_argument("--mask", action="store_true", help="write one PNG a nucleus")
+    parser.add_argument("--label", action="store_true", help="write one label map (TIFF) an image")
+    return run_script(run, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
