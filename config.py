@@ -262,11 +262,15 @@ class Config(Section):
             section, name = key.split(".")
             if key not in self.user_set and name in saved.get(section, {}):
                 dump[section][name] = saved[section][name]
+        if "default.width" in keys and not any(key.endswith(".width") for key in self.user_set):
+            model = saved["param"]["model"]
+            dump["default"]["width"] = saved["widths"].get(model, saved["default"]["width"])
+            dump["widths"] = {}
         return Config.model_validate(dump)
 
 
 SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation  # type: ignore[misc]
+    name: field.annotation
     for name, field in Config.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }

@@ -7,7 +7,7 @@ threads make needs no shared memory, no pickling and no copy between processes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -131,7 +131,7 @@ class Loader:
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.n_batch)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int) -> Generator[Batch, None, None]:
         """The batches of one epoch; at most ``n_worker + 1`` wait at a time."""
         order = self.dataset.order(epoch)
         chunks = [order[i : i + self.n_batch] for i in range(0, len(order), self.n_batch)]

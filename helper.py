@@ -105,7 +105,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 def _convolution_time(precision: torch.dtype) -> float:
     """Seconds that a typical convolution takes on the CPU, forward and backward; the least of a few."""
-    layer = nn.Conv2d(32, 32, 3, padding=1).to(precision, memory_format=torch.channels_last)
+    layer = nn.Conv2d(32, 32, 3, padding=1, dtype=precision).to(memory_format=torch.channels_last)
     image = torch.zeros(4, 32, 96, 96, dtype=precision).contiguous(memory_format=torch.channels_last).requires_grad_()
     times = []
     for _ in range(5):
@@ -189,8 +189,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and zip errors alike
-        raise ValueError(f"{path}: not a readable checkpoint: {' '.join(str(error).split())[:160]}") from None
+    except Exception:  # torch, pickle and zip errors alike, none of which tells a user more
+        raise ValueError(f"{path}: not a readable checkpoint; is the file whole?") from None
     missing = [key for key in _CHECKPOINT_KEYS if key not in state] if isinstance(state, dict) else ["everything"]
     if missing:
         raise ValueError(f"{path}: not a checkpoint of this toolkit (without {', '.join(missing)})")

@@ -116,7 +116,7 @@ def read_labels(masks: Path | Sequence[Path], shape: tuple[int, int] | None = No
     pixels = []
     for path in sorted(masks):
         mask = _read_mask(path)
-        shape = shape or mask.shape  # type: ignore[assignment]
+        shape = shape or mask.shape
         _check_shape(path, mask.shape, shape)
         inside = np.flatnonzero(mask)
         if inside.size:
@@ -181,27 +181,28 @@ class Cache:
         return np.load(entry, mmap_mode="r")
 
     def _name(self, path: Path, files: Sequence[Path], kind: str) -> str:
-        """`<hash of the path>-<hash of what determines the content>.<kind>.npy`"""
-        digest = hashlib.sha1(repr((_CACHE_FORMAT, kind, *(self._policy if kind == "image" else ()))).encode())
+        """`<2 digits>/<what it is>-<state of its files>.<kind>.npy`: entries of one source differ in the state alone."""
+        policy = self._policy if kind == "image" else ()
+        source = hashlib.sha1(repr((_CACHE_FORMAT, str(path.resolve()), *policy)).encode()).hexdigest()
+        state = hashlib.sha1()
         for file in files:
             try:
                 stat = os.stat(file)
             except FileNotFoundError:
                 raise ImageError(f"{file}: no such file") from None
-            digest.update(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        place = hashlib.sha1(str(path.resolve()).encode())
-        return f"{place.hexdigest()[:20]}-{digest.hexdigest()[:20]}.{kind}.npy"
+            state.update(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return f"{source[:2]}/{source[2:20]}-{state.hexdigest()[:20]}.{kind}.npy"
 
     def _store(self, entry: Path, array: NDArray) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".tmp", delete=False) as file:
                 np.save(file, array)
         except OSError as error:
             raise OSError(f"cannot write the cache in {self.folder} ({error}); choose [dataset] cache_dir") from error
         os.replace(file.name, entry)
-        place, kind = entry.name.split("-")[0], entry.name.split(".", 1)[1]
-        for old in self.folder.glob(f"{place}-*.{kind}"):
+        source, kind = entry.name.split("-")[0], entry.name.split(".", 1)[1]
+        for old in entry.parent.glob(f"{source}-*.{kind}"):
             if old != entry:
                 old.unlink(missing_ok=True)
 
@@ -232,7 +233,7 @@ def _decode_tiff(path: Path, data: bytes, colors: bool) -> Pixels:
         series = file.series[0]
         array = series.asarray()
         axes = series.axes
-        page = file.pages[0].keyframe
+        page = file.pages.first
     kept = [axis for axis, n in zip(axes, array.shape, strict=True) if n > 1 or axis in "YX"]
     array = array.reshape([n for axis, n in zip(axes, array.shape, strict=True) if n > 1 or axis in "YX"])
     if kept == ["Y", "X"]:

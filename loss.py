@@ -90,7 +90,7 @@ class Criterion:
         logits, targets : mapping
             head -> (B, 1, H, W); `targets` may hold a "weight".
         """
-        losses = {}
+        losses: dict[str, Tensor] = {}
         for head, terms in self.terms.items():
             ones = torch.ones_like(targets[head])
             for factor, name, weighted in terms:

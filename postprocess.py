@@ -205,7 +205,7 @@ def _laplacian(data: NDArray[np.float64], index: NDArray[np.int64], scale: float
         heads.append(index[a][linked])
         tails.append(index[b][linked])
         weights.append(np.exp(-scale * (data[a][linked] - data[b][linked]) ** 2) + WALKER_FLOOR)
-    head, tail, weight = map(np.concatenate, (heads, tails, weights))
+    head, tail, weight = (np.concatenate(parts) for parts in (heads, tails, weights))
     n = int(index.max()) + 1
     i, j = np.concatenate([head, tail]), np.concatenate([tail, head])
     degree = np.bincount(i, np.concatenate([weight, weight]), n)

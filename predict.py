@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import Config, Valid, pick
 from helper import autocast, load_checkpoint, pick_device, pick_precision
-from model import load_model
+from model import Network, load_model, place
 from postprocess import instances
 
 _PADDING = {
@@ -44,7 +44,7 @@ class Segmenter:
         ``valid``, ``post`` and the thresholds are used.
     """
 
-    networks: Sequence[nn.Module]
+    networks: Sequence[Network]
     config: Config
     device: torch.device
     precision: torch.dtype
@@ -76,14 +76,14 @@ def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
     checkpoints = [load_checkpoint(path) for path in paths]
     config = config.inherit(checkpoints[0]["config"])
     device = pick_device(config.train.device)
-    networks = [load_model(c).to(device, memory_format=torch.channels_last) for c in checkpoints]
+    networks = [place(load_model(c), device) for c in checkpoints]
     return Segmenter(networks, config, device, pick_precision(config.train.precision, device))
 
 
 @torch.inference_mode()
 def predict_probs(
     image: NDArray[np.uint8],
-    networks: Sequence[nn.Module],
+    networks: Sequence[Network],
     valid: Valid,
     thresholds: Mapping[str, float],
     width: int,
@@ -140,7 +140,7 @@ def _pad(image: NDArray[np.uint8], valid: Valid, stride: int) -> tuple[NDArray[n
 
 def _average_views(
     image: NDArray[np.uint8],
-    network: nn.Module,
+    network: Network,
     names: Sequence[str],
     device: torch.device,
     precision: torch.dtype,

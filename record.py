@@ -108,8 +108,10 @@ def describe_records(records: Sequence[Record], table: dict[str, dict[str, str]]
     described = []
     for record in records:
         row = table.get(record.id)
-        known = {column: row.get(column) or "" for column in CSV_COLUMNS} if row else {}
-        described.append(replace(record, **known))
+        if row is not None:
+            source, major, sub, patient = (row.get(column) or "" for column in CSV_COLUMNS)
+            record = replace(record, source=source, major_category=major, sub_category=sub, patient=patient)
+        described.append(record)
     return described
 
 
@@ -240,7 +242,7 @@ def _kaggle_record(folder: Path) -> Record:
     if len(images) != 1:
         raise ValueError(f"{folder / 'images'}: {len(images)} images, wanted one")
     masks = tuple(_files(folder / "masks")) if (folder / "masks").is_dir() else None
-    return Record(folder.name, images[0], masks)
+    return Record(folder.resolve().name, images[0], masks)
 
 
 def _label_map_layout(path: Path) -> list[Record]:

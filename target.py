@@ -19,6 +19,8 @@ SOFT_EDGE = 0.7
 ADJACENT_REACH = 2
 #: Height and width (px) of the weight along borders, and height of the weight around centroids.
 BORDER_WEIGHT, BORDER_SIGMA, CENTROID_WEIGHT = 4.0, 3.0, 1.0
+#: Stands for the distance (px) to a border where there is none: its square is still a float32.
+FAR = np.float32(1e4)
 
 _RING = np.ones((3, 3), np.uint8)
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
@@ -68,9 +70,9 @@ class Geometry:
     def border_distance(self) -> FloatMap:
         """Distance (px) to the nearest border of a nucleus, from inside and outside; large where there is none."""
         if not self.inside.any():
-            return np.full(self.labels.shape, 1e4, np.float32)
+            return np.full(self.labels.shape, FAR, np.float32)
         outside = cv2.distanceTransform((~self.inside).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)
-        return np.where(self.inside, self.depth, outside)
+        return np.where(self.inside, np.minimum(self.depth, FAR), outside)
 
     @cached_property
     def relative_radius(self) -> FloatMap:

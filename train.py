@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from tensorboardX import SummaryWriter
-from torch import nn
 from tqdm import tqdm
 
 from config import Config
@@ -37,7 +36,7 @@ from helper import (
     set_aside,
 )  # fmt: skip
 from image import Cache, ImageError
-from model import build_model, model_options
+from model import Network, build_model, model_options, place
 from predict import Segmenter
 from record import Record, count_by, load_split
 from score import score_image, summarize
@@ -50,8 +49,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     device = pick_device(config.train.device)
     precision = pick_precision(config.train.precision, device)
     state = _resume_state(config, args)
-    model = build_model(config.param.model, **model_options(config))
-    model = model.to(device, memory_format=torch.channels_last)
+    model = place(build_model(config.param.model, **model_options(config)), device)
 
     cache = open_cache(config, args.data)
     train, valid = load_split(args.data, config.dataset)
@@ -134,7 +132,7 @@ def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: 
     """network -> competition score and pixel IoU on the validation images, one view an image."""
     once = config.model_copy(update={"valid": config.valid.model_copy(update={"test_time_augment": ()})})
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
+    def evaluate(model: Network) -> dict[str, float]:
         segmenter = Segmenter([model], once, device, precision)
         scores = []
         for record in tqdm(records, "validating", leave=False, disable=None):
@@ -147,7 +145,7 @@ def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: 
     return evaluate
 
 
-def _initialize(model: nn.Module, average: nn.Module, path: Path) -> None:
+def _initialize(model: Network, average: Network, path: Path) -> None:
     """Take over the weights that fit, and say what does not."""
     state = load_checkpoint(path)
     weights = state.get("average") or state["weights"]
@@ -171,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--epoch", type=int, metavar="N", help="train N further epochs")
     parser.add_argument("--minutes", type=float, metavar="M", help="train M minutes; the schedule follows the clock")
-    parser.add_argument("--lr", type=float, metavar="X", help="learning rate ([param] learn_rate)")
+    parser.add_argument(
+        "--lr", dest="set", action="append", type="param.learn_rate={}".format, metavar="X", help="learning rate"
+    )
     parser.add_argument("--init", type=Path, metavar="FILE", help="start from the weights of a checkpoint")
     return run_script(run, parser, argv)
 

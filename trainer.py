@@ -22,6 +22,7 @@ from config import Config, Train, pick
 from dataset import Batch, Loader
 from helper import Meter, autocast, save_checkpoint, write_current
 from loss import Criterion
+from model import Network
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +133,13 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Network,
         loader: Loader,
         config: Config,
         folder: Path,
         device: torch.device,
         precision: torch.dtype,
-        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+        evaluate: Callable[[Network], Mapping[str, float]] | None = None,
     ) -> None:
         self.model, self.loader, self.config, self.folder = model, loader, config, folder
         self.device, self.precision, self.evaluate = device, precision, evaluate
@@ -279,7 +280,7 @@ class Trainer:
             heads = [head for head in self.average.heads if head in self.criterion.terms]
             truth = np.concatenate([item[head] for head in heads])
             guess = np.concatenate([torch.sigmoid(logits[head][0]).float().cpu().numpy() for head in heads])
-            panels = [item["image"] / 255, _as_rgb(truth), _as_rgb(guess)]
+            panels: list[NDArray] = [item["image"] / 255, _as_rgb(truth), _as_rgb(guess)]
             log.add_image(f"train/{index}", np.concatenate(panels, axis=2), self.epoch)
 
 
@@ -342,7 +343,7 @@ def sum_losses(losses: Mapping[str, Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+def update_average(average: Network, model: Network, decay: float) -> None:
     """Move the averaged weights, and the statistics of its norms, a step towards the model's."""
     for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         if mean.is_floating_point():

@@ -92,7 +92,7 @@ class Warp:
         high = np.ceil(xy.max(axis=(0, 1))).astype(int) + 3
         x0, y0 = np.clip(low, 0, [max(width - 2, 0), max(height - 2, 0)])
         x1, y1 = np.clip(high, [x0 + 1, y0 + 1], [width, height])
-        xy -= np.float32([x0, y0])
+        xy -= np.array([x0, y0], np.float32)
         image = _smooth(np.ascontiguousarray(sample.image[y0:y1, x0:x1]), abs(np.linalg.det(self.linear)) ** 0.5)
         labels = np.ascontiguousarray(sample.labels[y0:y1, x0:x1])
         return replace(

@@ -417,7 +417,7 @@ def cached(tmp_path):
 
 
 def entries(cache):
-    return sorted(path.name for path in cache.folder.iterdir())
+    return sorted(str(path.relative_to(cache.folder)) for path in cache.folder.rglob("*") if path.is_file())
 
 
 def again(cache, **changes):
@@ -488,6 +488,7 @@ def test_caches_of_other_policies_do_not_collide(tmp_path):
     for stretch in (False, True, False):
         found = Cache(folder, stretch=stretch).image(tmp_path / "b.png")
         assert np.array_equal(found, read_image(tmp_path / "b.png", stretch=stretch))
+    assert len(entries(Cache(folder))) == 6  # none drove another out
 
 
 def test_images_of_one_name_do_not_collide(tmp_path):
@@ -506,7 +507,7 @@ def test_an_unreadable_entry_is_decoded_again(cached, damage):
     entry = cache.folder / entries(cache)[0]
     entry.write_bytes(entry.read_bytes()[:-100] if damage is None else damage)
     assert np.array_equal(again(cache).image(path), read_image(path))
-    assert entries(cache) == [entry.name]
+    assert entries(cache) == [str(entry.relative_to(cache.folder))]
 
 
 def test_many_threads_fill_one_cache(tmp_path):

@@ -310,7 +310,7 @@ def test_real_patients_stay_together(real, seed):
     assert abs(len(valid) / 664 - 0.12) < 0.02
     for kind, n in count_by(real).items():
         found = sum(r.sub_category == kind for r in valid)
-        assert abs(found - 0.12 * n) <= 2.5, kind
+        assert abs(found - 0.12 * n) <= 5, kind  # patients of four, 13 of them of two kinds
 
 
 @pytest.mark.data

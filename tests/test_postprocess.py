@@ -1,0 +1,268 @@
+"""The postprocess room: touching nuclei come apart, nothing else changes, and the walker walks as scikit-image's does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import ndimage as ndi
+from skimage.segmentation import random_walker
+
+from config import Post
+from metric import average_precision
+from postprocess import MARKERS, POLICIES, instances, separate_walker
+from synthetic import draw_sample
+from target import make_targets
+
+HALF = {"semantic": 0.5, "contour": 0.5, "marker": 0.5}
+BARE = {"remove_objects": False, "fill_holes": False}
+PLAN = {head: head for head in HALF}
+every_policy = pytest.mark.parametrize("policy", POLICIES)
+every_source = pytest.mark.parametrize("source", MARKERS)
+
+
+def disks(*centers: tuple[int, int], radius: int = 10, shape: tuple[int, int] = (48, 64)) -> np.ndarray:
+    """Labels of disks; a pixel in several belongs to the nearest."""
+    y, x = np.indices(shape)
+    away = np.stack([np.hypot(y - cy, x - cx) for cy, cx in centers])
+    return np.where(away.min(0) <= radius, away.argmin(0) + 1, 0).astype(np.int32)
+
+
+TOUCHING = disks((20, 18), (24, 36), (20, 53))
+
+
+def ideal(labels: np.ndarray, heads: tuple[str, ...] = tuple(HALF)) -> dict[str, np.ndarray]:
+    """What a sure network would say."""
+    maps = make_targets(labels, {head: head for head in heads})
+    return {head: 0.02 + 0.96 * value[0] for head, value in maps.items()}
+
+
+def flat(mask: np.ndarray, high: float = 0.9) -> dict[str, np.ndarray]:
+    return {"semantic": np.where(mask, high, 0.1).astype(np.float32)}
+
+
+def random_probs(seed: int, shape: tuple[int, int] = (48, 56), scale: float = 3.0) -> dict[str, np.ndarray]:
+    """Smooth noise in [0, 1], a map a head."""
+    rng = np.random.default_rng(seed)
+    smooth = [ndi.gaussian_filter(rng.standard_normal(shape), scale) for _ in HALF]
+    return {head: (1 / (1 + np.exp(-3 * x / x.std()))).astype(np.float32) for head, x in zip(HALF, smooth, strict=True)}
+
+
+@every_source
+@every_policy
+def test_touching_disks_come_apart(policy, source):
+    assert ndi.label(TOUCHING > 0)[1] == 1
+    found = instances(ideal(TOUCHING), Post(policy=policy, marker=source), HALF)
+    assert found.max() == 3
+    assert np.array_equal(found > 0, TOUCHING > 0)
+    assert average_precision(TOUCHING, found, [0.85]) == [1.0]
+
+
+@pytest.mark.parametrize("source", ["marker", "contour"])  # peaks cannot know where odd shapes meet
+@every_policy
+def test_synthetic_nuclei_come_back(policy, source):
+    _, labels = draw_sample(5, (96, 96), "fluorescence", n_nuclei=6)
+    found = instances(ideal(labels), Post(policy=policy, marker=source), HALF)
+    assert average_precision(labels, found, [0.7]) == [1.0]
+
+
+@every_source
+@every_policy
+@pytest.mark.parametrize("value", [0.0, 0.5, 0.2])
+def test_blank_in_blank_out(policy, source, value):
+    probs = {head: np.full((20, 30), value, np.float32) for head in HALF}
+    found = instances(probs, Post(policy=policy, marker=source), HALF)
+    assert found.dtype == np.int32
+    assert found.shape == (20, 30)
+    assert not found.any()  # the threshold itself does not belong
+
+
+@every_source
+@every_policy
+@pytest.mark.parametrize("shape", [(24, 30), (1, 1), (1, 9), (9, 1)])
+def test_an_image_of_ones_is_one_nucleus(policy, source, shape):
+    probs = {head: np.ones(shape, np.float32) for head in HALF}
+    found = instances(probs, Post(policy=policy, marker=source, min_object_size=0), HALF)
+    assert np.array_equal(found, np.ones(shape, np.int32))
+
+
+@every_source
+@every_policy
+@pytest.mark.parametrize("seed", range(3))
+def test_every_pixel_of_the_mask_is_someones_and_no_other(policy, source, seed):
+    probs = random_probs(seed)
+    before = {head: value.copy() for head, value in probs.items()}
+    post = Post(policy=policy, marker=source, **BARE)
+    found = instances(probs, post, HALF)
+    assert found.dtype == np.int32
+    assert np.array_equal(found > 0, probs["semantic"] > 0.5)
+    assert np.array_equal(np.unique(found), np.arange(found.max() + 1))
+    assert np.array_equal(found, instances(probs, post, HALF))
+    assert all(np.array_equal(value, before[head]) for head, value in probs.items())
+
+
+@every_policy
+def test_policy_floods_what_its_markers_reach(policy):
+    mask = TOUCHING > 0
+    mask[40:46, 2:9] = True  # a blob without a marker
+    markers = np.zeros(mask.shape, np.int32)
+    markers[20, 18], markers[24, 36], markers[20, 53] = 7, 3, 5
+    found = POLICIES[policy](mask, markers, flat(mask))
+    assert found.dtype == np.int32
+    assert np.array_equal(found > 0, TOUCHING > 0)
+    assert set(np.unique(found)) == {0, 3, 5, 7}
+    assert np.array_equal(found[markers > 0], markers[markers > 0])
+    for number in (3, 5, 7):
+        assert ndi.label(found == number)[1] == 1
+
+
+@every_policy
+def test_two_markers_share_a_bar_in_the_middle(policy):
+    mask = np.zeros((7, 24), bool)
+    mask[2:5, 2:22] = True
+    markers = np.zeros(mask.shape, np.int32)
+    markers[2:5, 2], markers[2:5, 21] = 1, 2
+    expected = np.zeros_like(markers)
+    expected[2:5, 2:12], expected[2:5, 12:22] = 1, 2
+    assert np.array_equal(POLICIES[policy](mask, markers, flat(mask)), expected)
+
+
+@every_policy
+def test_a_valley_of_probability_is_the_border(policy):
+    """Off the middle, so that distance alone would put it elsewhere."""
+    mask = np.zeros((9, 30), bool)
+    mask[2:7, 2:28] = True
+    probs = flat(mask)
+    probs["semantic"][2:7, 8] = 0.55
+    markers = np.zeros(mask.shape, np.int32)
+    markers[4, 4], markers[4, 25] = 1, 2
+    found = POLICIES[policy](mask, markers, probs)
+    assert (found[2:7, 2:8] == 1).all()
+    assert (found[2:7, 9:28] == 2).all()
+
+
+def test_contour_holds_the_watershed_back():
+    mask = np.zeros((9, 30), bool)
+    mask[2:7, 2:28] = True
+    contour = np.full(mask.shape, 0.05, np.float32)
+    contour[2:7, 8] = 0.8
+    markers = np.zeros(mask.shape, np.int32)
+    markers[4, 4], markers[4, 25] = 1, 2
+    found = POLICIES["ws"](mask, markers, {**flat(mask), "contour": contour})
+    assert (found[2:7, 2:8] == 1).all()
+    assert (found[2:7, 9:28] == 2).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_walker_equals_scikit_image(seed):
+    probs = random_probs(seed, scale=2.5 + seed % 3)
+    mask = probs["semantic"] > 0.5
+    rng = np.random.default_rng(100 + seed)
+    seeds = mask & (rng.random(mask.shape) < 0.02)
+    blobs, n_blobs = ndi.label(mask)
+    count = [ndi.label(seeds & (blobs == blob))[1] for blob in range(1, n_blobs + 1)]
+    contested = np.isin(blobs, 1 + np.flatnonzero(np.array(count) >= 2))
+    assert contested.sum() > 200
+    markers = ndi.label(seeds & contested)[0].astype(np.int32)  # without gaps, as scikit-image numbers its answer
+    theirs = random_walker(probs["semantic"].astype(np.float64), np.where(contested, markers, -1), beta=130, mode="bf")
+    ours = separate_walker(mask, markers, probs)
+    assert np.mean(ours[contested] == theirs[contested]) > 0.999  # ties may fall either way
+
+
+@every_policy
+def test_without_segmentation_blobs_stay_whole(policy):
+    labels = disks((14, 14), (14, 30), (14, 54), radius=9)
+    found = instances(ideal(labels), Post(segmentation=False, policy=policy), HALF)
+    assert np.array_equal(found, np.select([labels == 3, labels > 0], [2, 1]))
+
+
+def test_auto_takes_the_marker_then_the_contour_then_peaks():
+    labels = disks((20, 18), (20, 36), (20, 54))
+    probs = ideal(labels)
+    probs["marker"] = ideal(disks((20, 27), (20, 54), radius=4))["semantic"]
+    probs["contour"][:] = 0.0
+    probs["contour"][:, 27] = 1.0
+    del (contour_too := dict(probs))["marker"]
+    assert instances(probs, Post(), HALF).max() == 2
+    assert np.array_equal(instances(contour_too, Post(), HALF), instances(probs, Post(marker="contour"), HALF))
+    assert instances(contour_too, Post(), HALF).max() == 2
+    assert instances({"semantic": probs["semantic"]}, Post(), HALF).max() == 3
+
+
+def test_seg_scale_sets_how_far_apart_peaks_are():
+    probs = ideal(TOUCHING, ("semantic",))
+    assert instances(probs, Post(seg_scale=0.3), HALF).max() == 3
+    assert instances(probs, Post(seg_scale=3.0), HALF).max() == 1
+
+
+def test_seg_ratio_leaves_large_clumps_out_of_the_typical_size():
+    """Two small disks and a chain of five: with all blobs in the mean, the chain's own size hides its peaks."""
+    labels = disks((12, 12), (36, 12), *[(24, 34 + 9 * i) for i in range(5)], radius=5, shape=(48, 84))
+    probs = ideal(labels, ("semantic",))
+    assert ndi.label(labels > 0)[1] == 3
+    assert instances(probs, Post(seg_ratio=0.6, seg_scale=0.8), HALF).max() == 7
+    assert instances(probs, Post(seg_ratio=1.0, seg_scale=0.8), HALF).max() < 7
+
+
+@pytest.mark.parametrize("head", HALF)
+def test_threshold_of_each_head_is_its_own(head):
+    probs = ideal(TOUCHING)
+    high = {**HALF, head: 0.99}
+    found = {source: instances(probs, Post(marker=source), high).max() for source in ("marker", "contour")}
+    # Nothing is semantic; no contour parts the disks; no marker does.
+    assert (
+        found
+        == {
+            "semantic": {"marker": 0, "contour": 0},
+            "contour": {"marker": 3, "contour": 1},
+            "marker": {"marker": 1, "contour": 3},
+        }[head]
+    )
+
+
+def test_small_objects_go_where_asked():
+    mask = np.zeros((20, 40), bool)
+    mask[2:4, 2:8] = True  # 12 pixels
+    mask[10:11, 2:13] = True  # 11 pixels
+    mask[10:18, 20:30] = True
+
+    def count(**options):
+        return instances(flat(mask), Post(segmentation=False, **options), HALF).max()
+
+    assert count(remove_objects=False) == 3
+    assert count() == 2
+    assert count(min_object_size=11) == 3
+    assert count(min_object_size=13) == 1
+    assert count(min_object_size=81) == 0
+
+
+def test_holes_are_filled_where_asked():
+    solid = disks((24, 32), radius=14) > 0
+    ring = solid & (disks((24, 32), radius=5) == 0)
+    post = {"segmentation": False}
+    assert np.array_equal(instances(flat(ring), Post(**post), HALF) > 0, solid)
+    assert np.array_equal(instances(flat(ring), Post(fill_holes=False, **post), HALF) > 0, ring)
+
+
+def test_a_fiber_is_dropped_where_asked():
+    mask = disks((30, 12), (30, 40), radius=4) > 0  # 49 pixels each
+    mask[4:9, 2:62] = True  # 300 pixels, long
+    post = {"segmentation": False}
+    assert instances(flat(mask), Post(**post), HALF).max() == 3
+    found = instances(flat(mask), Post(filter_fiber=True, **post), HALF)
+    assert found.max() == 2
+    assert not found[:12].any()
+
+
+@pytest.mark.parametrize(
+    ("heads", "options", "message"),
+    [
+        (("contour",), {}, "no head 'semantic'; there are: contour"),
+        (("semantic",), {"marker": "marker"}, "no head 'marker'; there are: semantic"),
+        (("semantic", "marker"), {"marker": "contour"}, "no head 'contour'; there are: semantic, marker"),
+        (("semantic",), {"policy": "wss"}, "unknown policy 'wss'; did you mean 'ws'.; there are: ws, rw"),
+        (("semantic",), {"marker": "peaks"}, "unknown source of markers 'peaks'; did you mean 'peak'"),
+    ],
+)
+def test_what_is_not_there_is_named(heads, options, message):
+    with pytest.raises(ValueError, match=message):
+        instances(ideal(TOUCHING, heads), Post(**options), HALF)

@@ -1,0 +1,232 @@
+"""The predict room: views, borders, sizes and ensembles add up; a network only ever sees what it asked for."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from config import Config, Valid
+from helper import save_checkpoint
+from model import build_model
+from predict import VIEWS, Segmenter, load_segmenter, predict_probs
+
+CPU = torch.device("cpu")
+HALF = {"semantic": 0.5, "contour": 0.5, "marker": 0.5}
+ONCE = {"test_time_augment": (), "border": 0}
+
+
+class Toy(nn.Module):
+    """A network that is a function of its input; `seen` keeps what it was given."""
+
+    def __init__(self, stride=1, **heads):
+        super().__init__()
+        self.heads, self.stride, self.functions, self.seen = tuple(heads), stride, heads, []
+
+    def forward(self, image):
+        self.seen.append(image.clone())
+        x = image.float() / 255
+        return {head: function(x) for head, function in self.functions.items()}
+
+
+def brightness(x):
+    return 4 * x.mean(1, keepdim=True) - 2
+
+
+def blurred(x):
+    """Turns and flips with its input."""
+    return F.avg_pool2d(brightness(x), 3, stride=1, padding=1)
+
+
+def ramp(x):
+    """Knows where it is, and nothing of the image."""
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in x.shape[-2:]), indexing="ij")
+    return (0.3 * y - 0.2 * x + 0.05 * x * y - 1)[None, None]
+
+
+def constant(prob):
+    return lambda x: torch.full((1, 1, *x.shape[-2:]), float(np.log(prob / (1 - prob))))
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def predict(image, *networks, width=64, thresholds=HALF, **valid):
+    return predict_probs(image, networks, Valid(**{**ONCE, **valid}), thresholds, width, CPU)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_views_are_the_symmetries_of_the_square():
+    image = np.arange(6).reshape(2, 3)
+
+    def seen(name):
+        turned = (np.rot90(np.fliplr(image) if mirrored else image, k) for k, mirrored in VIEWS[name])
+        return {(view.shape, view.tobytes()) for view in turned}
+
+    def named(*views):
+        return {(view.shape, view.tobytes()) for view in views}
+
+    assert seen("flips") == named(image, image[:, ::-1], image[::-1], image[::-1, ::-1])
+    assert seen("rotations") == named(*(np.rot90(image, k) for k in range(4)))
+    assert seen("dihedral") == seen("flips") | seen("rotations") | named(image.T, image[::-1, ::-1].T)
+    assert len(seen("dihedral")) == 8
+
+
+names = [views for n in (1, 2, 3) for views in combinations(VIEWS, n)]
+
+
+@pytest.mark.parametrize("views", names, ids="+".join)
+@pytest.mark.parametrize("function", [brightness, blurred])
+def test_views_of_an_equivariant_network_agree(views, function):
+    image = picture(13, 22)
+    single = predict(image, Toy(semantic=function))["semantic"]
+    toy = Toy(semantic=function)
+    assert np.allclose(predict(image, toy, test_time_augment=views)["semantic"], single, atol=1e-6)
+    assert len(toy.seen) == len({view for name in views for view in VIEWS[name]})  # each once
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_averaged_as_probabilities(name):
+    image = picture(6, 9)
+    expected = []
+    for k, mirrored in VIEWS[name]:
+        view = np.rot90(np.fliplr(image) if mirrored else image, k)
+        answer = sigmoid(ramp(torch.zeros(1, 3, *view.shape[:2]))[0, 0].numpy())
+        back = np.rot90(answer, -k)
+        expected.append(np.fliplr(back) if mirrored else back)
+    found = predict(image, Toy(semantic=ramp), test_time_augment=(name,))["semantic"]
+    assert found.dtype == np.float32
+    assert np.allclose(found, np.mean(expected, axis=0), atol=1e-6)
+    assert not np.allclose(found, expected[0], atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("padding", "mode"),
+    [
+        ("reflect", {"mode": "reflect"}),
+        ("replicate", {"mode": "edge"}),
+        ("black", {"mode": "constant", "constant_values": 0}),
+        ("white", {"mode": "constant", "constant_values": 255}),
+    ],
+)
+@pytest.mark.parametrize(("border", "before"), [(0, 0), (3, 4), (4, 4), (5, 8)])
+def test_border_is_padded_to_the_stride(padding, mode, border, before):
+    image, toy = picture(5, 7), Toy(stride=4, semantic=brightness)
+    found = predict(image, toy, padding=padding, border=border)["semantic"]
+    expected = np.pad(image, ((before, before + 3), (before, before + 1), (0, 0)), **mode)
+    (seen,) = toy.seen
+    assert seen.dtype == torch.uint8
+    assert np.array_equal(seen[0].permute(1, 2, 0).numpy(), expected)
+    assert np.allclose(found, sigmoid(4 * image.mean(2) / 255 - 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (37, 21), (64, 64), (65, 33)])
+@pytest.mark.parametrize("orig_size", [True, False])
+def test_maps_have_the_size_of_the_image(shape, orig_size):
+    torch.manual_seed(0)
+    model = build_model("caunet").eval()
+    found = predict(picture(*shape), model, width=32, border=8, pred_orig_size=orig_size, test_time_augment=("flips",))
+    assert found.keys() == {"semantic", "contour"}
+    for probs in found.values():
+        assert probs.shape == shape
+        assert probs.dtype == np.float32
+        assert probs.min() >= 0
+        assert probs.max() <= 1
+
+
+def test_one_squeeze_to_the_width_and_back():
+    image, toy = np.zeros((40, 24, 3), np.uint8), Toy(stride=16, semantic=brightness)
+    image[20:] = 255
+    found = predict(image, toy, width=32, pred_orig_size=False, border=32)["semantic"]
+    assert toy.seen[0].shape == (1, 3, 32, 32)
+    assert found.shape == (40, 24)
+    assert np.allclose(found[:18], sigmoid(-2), atol=1e-6)
+    assert np.allclose(found[22:], sigmoid(2), atol=1e-6)
+
+
+def test_heads_are_averaged_over_the_networks_that_have_them():
+    first = Toy(stride=4, semantic=constant(0.2))
+    second = Toy(stride=16, contour=constant(0.9), semantic=constant(0.6))
+    found = predict(picture(20, 20), first, second)
+    assert np.allclose(found["semantic"], 0.4, atol=1e-6)
+    assert np.allclose(found["contour"], 0.9, atol=1e-6)
+    assert first.seen[0].shape == second.seen[0].shape == (1, 3, 32, 32)  # the larger stride serves both
+
+
+def test_votes_are_the_share_of_networks_above_the_threshold():
+    networks = [Toy(semantic=constant(p), marker=constant(p)) for p in (0.7, 0.35, 0.6)]
+    thresholds = {"semantic": 0.5, "marker": 0.3, "contour": 0.5}
+    found = predict(picture(3, 4), *networks, ensemble="vote", thresholds=thresholds)
+    assert np.allclose(found["semantic"], 2 / 3)
+    assert np.allclose(found["marker"], 1.0)
+    assert np.allclose(predict(picture(3, 4), *networks)["semantic"], 0.55, atol=1e-6)
+
+
+def test_same_image_same_maps():
+    torch.manual_seed(0)
+    model = build_model("camunet", dropout=0.5).eval()
+    first, second = (predict(picture(40, 33), model, test_time_augment=("dihedral",)) for _ in range(2))
+    assert all(np.array_equal(first[head], second[head]) for head in model.heads)
+
+
+def test_unknown_view_is_refused():
+    with pytest.raises(ValueError, match="unknown view 'flip'; did you mean 'flips'"):
+        predict(picture(4, 4), Toy(semantic=brightness), test_time_augment=("flip",))
+
+
+def test_segmenter_separates_bright_disks():
+    y, x = np.mgrid[:40, :60]
+    left, right = (np.hypot(y - 20, x - center) <= 9 for center in (21, 37))
+    image = np.where((left | right)[..., None], 255, 0).astype(np.uint8).repeat(3, axis=2)
+    config = Config.model_validate({"valid": ONCE})
+    labels = Segmenter([Toy(semantic=brightness)], config, CPU, torch.float32)(image)
+    assert labels.dtype == np.int32
+    assert labels.max() == 2
+    assert np.array_equal(labels > 0, left | right)
+    assert len(np.unique(labels[left & (x < 28)])) == len(np.unique(labels[right & (x > 30)])) == 1
+
+
+@pytest.mark.parametrize("detect", [True, False])
+def test_undetected_contour_is_left_out(detect):
+    config = Config.model_validate({"valid": ONCE, "contour": {"detect": detect}})
+    toy = Toy(semantic=constant(0.9), contour=constant(0.9))
+    found = Segmenter([toy], config, CPU, torch.float32).probs(picture(8, 8))
+    assert found.keys() == ({"semantic", "contour"} if detect else {"semantic"})
+
+
+def save(path, name: str, seed: int, **settings) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    model = build_model(name)
+    config = Config.model_validate(settings).to_dict()
+    state = {"model": name, "options": {}, "weights": model.state_dict(), "epoch": 1, "config": config}
+    save_checkpoint(path, state)
+    return model.eval()
+
+
+def test_load_segmenter_mixes_checkpoints_and_inherits_from_the_first(tmp_path):
+    one = save(tmp_path / "1.pkl", "unet", 1, param={"threshold": 0.3, "threshold_edge": 0.4}, default={"width": 48})
+    two = save(tmp_path / "2.pkl", "caunet", 2, param={"threshold": 0.9})
+    asked = Config.model_validate(
+        {
+            "param": {"threshold_edge": 0.8},
+            "train": {"device": "cpu", "precision": "float32"},
+            "valid": ONCE,
+            "user_set": ["param.threshold_edge"],
+        }
+    )
+    segmenter = load_segmenter([tmp_path / "1.pkl", tmp_path / "2.pkl"], asked)
+    assert segmenter.config.thresholds["semantic"] == 0.3
+    assert segmenter.config.thresholds["contour"] == 0.8
+    assert segmenter.config.width == 48
+    image = picture(32, 32)
+    found, expected = segmenter.probs(image), predict(image, one, two)
+    assert found.keys() == {"semantic", "contour"}
+    assert all(np.allclose(found[head], expected[head], atol=1e-6) for head in found)

@@ -1,0 +1,348 @@
+"""The scripts, run as a user runs them: what they write, how they fail, and how they survive being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import prepare
+import split
+import train
+import valid
+from annotation import read_csv, read_label_map
+from helper import load_checkpoint
+from synthetic import write_dataset
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "--set", "param.model=unet", "--set", "DEFAULT.width=32", "--set", "train.n_batch=3", "--set", "train.n_cv_epoch=1",
+    "--set", "train.n_worker=1", "--set", "train.precision=float32", "--set", "train.print_freq=1",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Work in an empty folder, where no config.ini of a developer lies."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A data folder with six small labelled images for training, two for validation and two to predict."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, n, seed in (("train", 6, 0), ("valid", 2, 1), ("test", 2, 2)):
+        write_dataset(folder / name, n, seed, shape=(48, 56), masks=name != "test")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory) -> Path:
+    """The checkpoint folder of two epochs."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    assert train.main(["--data", str(data), "--checkpoint-dir", str(folder), "--epoch", "2", *SMALL]) == 0
+    return folder
+
+
+def run_script(name: str, *args: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    command = [sys.executable, str(ROOT / name), *args]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **options)
+
+
+# Training
+
+
+def test_train_writes_its_checkpoints_and_log(trained):
+    state = load_checkpoint(trained / "latest.pkl")
+    assert state["epoch"] == 2
+    assert json.loads((trained / "current.json").read_text()) == {"checkpoint": "latest.pkl", "epoch": 2}
+    assert (trained / "best.pkl").is_file()
+    assert list((trained / "log").glob("events*"))
+
+
+def test_train_prints_the_progress_line(data, tmp_path, capsys):
+    train.main(["--data", str(data), "--checkpoint-dir", str(tmp_path / "c"), "--epoch", "1", *SMALL])
+    printed = capsys.readouterr().out
+    assert "Grand new training ..." in printed
+    assert "Epoch: [1][0/2]    Time: " in printed and "(io: " in printed
+    assert "IoU(Semantic): " in printed and "Loss: " in printed
+
+
+def test_a_trained_run_says_so(data, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "c")
+    command = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "c"), *SMALL]
+    assert train.main([*command, "--set", "train.n_epoch=2"]) == 0
+    assert "already" in capsys.readouterr().out
+    assert train.main([*command, "--epoch", "1"]) == 0
+    assert load_checkpoint(tmp_path / "c" / "latest.pkl")["epoch"] == 3
+
+
+def test_starting_anew_sets_the_last_run_aside(data, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "c")
+    command = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "c"), "--no-resume", "--epoch", "1", *SMALL]
+    assert train.main(command) == 0
+    assert load_checkpoint(tmp_path / "c" / "latest.pkl")["epoch"] == 1
+    assert load_checkpoint(tmp_path / "c" / "previous" / "latest.pkl")["epoch"] == 2
+
+
+def test_fine_tuning_starts_from_the_weights(data, trained, tmp_path, capsys):
+    command = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "c"), "--epoch", "1", "--lr", "1e-9", *SMALL]
+    assert train.main([*command, "--init", str(trained / "latest.pkl")]) == 0
+    before = load_checkpoint(trained / "latest.pkl")["average"]
+    after = load_checkpoint(tmp_path / "c" / "latest.pkl")["weights"]
+    name = "outputs.semantic.weight"
+    torch.testing.assert_close(after[name], before[name], atol=1e-5, rtol=0)
+
+
+def test_fine_tuning_another_network_takes_what_fits(data, trained, tmp_path, capsys):
+    command = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "c"), "--epoch", "1", *SMALL]
+    assert train.main([*command, "--set", "param.model=caunet", "--init", str(trained / "latest.pkl")]) == 0
+    assert "outputs.contour" in capsys.readouterr().out
+
+
+def test_another_network_does_not_resume(data, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "c")
+    command = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "c"), *SMALL, "--set", "param.model=caunet"]
+    assert train.main(command) == 2
+    assert "--no-resume" in capsys.readouterr().err
+
+
+def test_a_killed_run_resumes_to_the_same_end(data, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    command = ["--data", str(data), "--epoch", "6", *SMALL, "--set", "param.dropout=0.2"]
+    assert run_script("train.py", *command, "--checkpoint-dir", str(straight)).returncode == 0
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, str(ROOT / "train.py"), *command, "--checkpoint-dir", str(broken)]
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (broken / "current.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = load_checkpoint(broken / "latest.pkl")["epoch"]
+    assert 1 <= done < 6, "killed too late to show anything"
+    resumed = run_script("train.py", *command, "--checkpoint-dir", str(broken))
+    assert resumed.returncode == 0 and f"Resuming after epoch {done}" in resumed.stdout
+    a, b = (load_checkpoint(folder / "latest.pkl") for folder in (straight, broken))
+    assert b["epoch"] == a["epoch"] == 6
+    for name, value in a["weights"].items():
+        assert torch.equal(value, b["weights"][name]), name
+
+
+# What the user gets wrong
+
+
+def _corrupt(folder: Path) -> None:
+    image = next(folder.glob("train/*/images/*.png"))
+    image.write_bytes(image.read_bytes()[:100])
+
+
+def _resize_mask(folder: Path) -> None:
+    mask = next(folder.glob("train/*/masks/*.png"))
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(mask)
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder / "train")
+    (folder / "train").mkdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "words"),
+    [
+        (_empty, [], "no image"),
+        (_corrupt, [], "not a readable image"),
+        (_resize_mask, [], "shape (9, 9), image is (48, 56)"),
+        (None, ["--set", "train.n_epok=3"], "did you mean 'n_epoch'"),
+        (None, ["--set", "param.model=camunett"], "did you mean 'camunet'"),
+        (None, ["--set", "loss.semantic=bec"], "did you mean 'bce'"),
+        (None, ["--set", "train.schedule=cosin"], "did you mean 'cosine'"),
+        (None, ["--set", "train.device=cuda:99"], "cuda:99"),
+        (None, ["--config", "nowhere.ini"], "nowhere.ini: no such file"),
+        (None, ["--init", "nowhere.pkl"], "no such checkpoint"),
+        (None, ["--set", "dataset.valid_ids=nowhere.txt"], "no such file"),
+        (None, ["--set", "dataset.sub_category=Moon"], "no image passes the filter"),
+        (None, ["--set", "unett.width=64"], "did you mean 'unet'"),
+    ],
+)
+def test_train_refuses_in_one_line(spoil, options, words, data, tmp_path, capsys):
+    folder = shutil.copytree(data, tmp_path / "data")
+    if spoil:
+        spoil(folder)
+    status = train.main(["--data", str(folder), "--checkpoint-dir", str(tmp_path / "c"), *SMALL, *options])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert status == 2
+    assert len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_typo_in_the_ini_names_file_section_and_key(data, tmp_path, capsys):
+    (tmp_path / "config.ini").write_text("[train]\nn_epok = 3\n")
+    assert train.main(["--data", str(data)]) == 2
+    error = capsys.readouterr().err
+    assert "config.ini" in error and "'n_epok' in section [train]" in error and "'n_epoch'" in error
+
+
+def test_train_skips_bad_images_when_told_to(data, tmp_path, capsys):
+    folder = shutil.copytree(data, tmp_path / "data")
+    _corrupt(folder)
+    command = ["--data", str(folder), "--checkpoint-dir", str(tmp_path / "c"), "--epoch", "1", *SMALL]
+    assert train.main([*command, "--set", "dataset.on_bad=skip"]) == 3
+    captured = capsys.readouterr()
+    assert "5 training images" in captured.out and "skipped: " in captured.err
+
+
+def test_valid_refuses_in_one_line(data, trained, tmp_path, capsys):
+    broken = tmp_path / "broken.pkl"
+    broken.write_bytes((trained / "latest.pkl").read_bytes()[:1000])
+    for arguments, words in (
+        (["nowhere.pkl"], "no such checkpoint"),
+        ([str(broken)], "not a readable checkpoint"),
+        ([str(trained / "latest.pkl"), "--input", "nowhere"], "no such file or folder"),
+        ([str(trained / "latest.pkl"), "--dataset", "test", "--iou"], "none of the images has masks"),
+    ):
+        assert valid.main([*arguments, "--data", str(data), "--csv"]) == 2
+        error = capsys.readouterr().err
+        assert words in error and len(error.strip().splitlines()) == 1
+        assert not (tmp_path / "result.csv").exists()
+
+
+def test_an_error_is_no_traceback(tmp_path):
+    done = run_script("train.py", "--set", "train.n_epoch=many", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "train.py: error: --set train.n_epoch=many: [train] n_epoch = many: "
+        "Input should be a valid integer, unable to parse string as an integer"
+    )
+
+
+# Prediction
+
+
+def test_valid_writes_everything_at_once(data, trained, tmp_path, capsys):
+    status = valid.main(
+        ["--data", str(data), "--checkpoint-dir", str(trained), "--dataset", "valid", "--output", str(tmp_path / "out")]
+        + ["--csv", "--iou", "--save", "--mask", "--label", "--set", "param.threshold=0.3"]
+    )
+    assert status == 0
+    ids = sorted(folder.name for folder in (data / "valid").iterdir())
+    runs = read_csv(tmp_path / "out" / "result.csv")
+    assert sorted(runs) == ids
+    for image_id in ids:
+        labels = read_label_map(tmp_path / "out" / f"{image_id}.tif")
+        assert np.array_equal(decode(runs[image_id], (48, 56)), labels)
+        assert Image.open(tmp_path / "out" / f"{image_id}.png").size[0] > 100
+        assert len(list((tmp_path / "out" / image_id / "masks").glob("*.png"))) == labels.max()
+    table = (tmp_path / "out" / "iou.csv").read_text().splitlines()
+    assert len(table) == 1 + len(ids) + 1 and table[-1].startswith("[all]")
+    assert "mAP" in capsys.readouterr().out
+
+
+def decode(runs: list[str], shape: tuple[int, int]) -> np.ndarray:
+    """Run lengths -> label map, pixel by pixel and apart from the toolkit's own reader."""
+    labels = np.zeros(shape, np.int32)
+    for label, run in enumerate(runs, start=1):
+        numbers = [int(word) for word in run.split()]
+        for start, length in zip(numbers[::2], numbers[1::2], strict=True):
+            for position in range(start - 1, start - 1 + length):
+                column, row = divmod(position, shape[0])
+                assert labels[row, column] == 0, "a pixel in two nuclei"
+                labels[row, column] = label
+    return labels
+
+
+def test_the_csv_has_a_row_for_an_image_without_nuclei(data, trained, tmp_path):
+    command = ["--data", str(data), "--checkpoint-dir", str(trained), "--csv", "--set", "param.threshold=1"]
+    assert valid.main(command) == 0
+    lines = (tmp_path / "result.csv").read_text().splitlines()
+    assert lines[0] == "ImageId,EncodedPixels"
+    assert sorted(lines[1:]) == sorted(f"{folder.name}," for folder in (data / "test").iterdir())
+
+
+def test_prediction_goes_on_past_a_bad_image(data, trained, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    good = next(data.glob("test/*/images/*.png"))
+    shutil.copy(good, photos / "good.png")
+    (photos / "bad.png").write_bytes(good.read_bytes()[:90])
+    assert valid.main([str(trained / "latest.pkl"), "--input", str(photos), "--csv"]) == 3
+    assert "bad.png" in capsys.readouterr().err
+    assert list(read_csv(tmp_path / "result.csv")) == ["good"]
+
+
+def test_the_split_of_training_is_the_split_of_validation(data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data / "train", folder / "train")
+    command = ["--data", str(folder), "--checkpoint-dir", str(tmp_path / "c")]
+    assert train.main([*command, "--epoch", "1", *SMALL, "--set", "dataset.cv_ratio=0.4"]) == 0
+    assert valid.main([*command, "--dataset", "valid", "--csv", "--output", "a"]) == 0
+    assert valid.main([*command, "--dataset", "train", "--csv", "--output", "b"]) == 0
+    parts = [set(read_csv(tmp_path / name / "result.csv")) for name in "ab"]
+    assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 6 and len(parts[0]) == 2
+
+
+def test_an_ensemble_of_checkpoints(data, trained, tmp_path):
+    checkpoints = [str(trained / "latest.pkl"), str(trained / "best.pkl")]
+    assert valid.main([*checkpoints, "--data", str(data), "--csv", "--set", "valid.ensemble=vote"]) == 0
+    assert (tmp_path / "result.csv").is_file()
+
+
+def test_without_a_display_one_line_points_to_save(data, trained, tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    command = [sys.executable, str(ROOT / "valid.py"), "--data", str(data), "--checkpoint-dir", str(trained)]
+    environment["MPLBACKEND"] = "agg"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if "--save" in line]
+
+
+def test_scripts_run_in_a_notebook(data, tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    options = f"--data {data} --checkpoint-dir {tmp_path / 'c'}"
+    cells = [
+        f"%cd {ROOT}",
+        f"%run train.py --epoch 1 {options} {' '.join(SMALL)}",
+        "%matplotlib inline",
+        f"%run valid.py {options}",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=240).execute()
+    assert (tmp_path / "c" / "latest.pkl").is_file()
+    shown = [output for output in notebook.cells[-1].outputs if output.output_type == "display_data"]
+    assert len(shown) == 2 and all("image/png" in output.data for output in shown)
+
+
+# Preparation
+
+
+def test_split_links_and_never_overwrites(data, tmp_path, capsys):
+    source = shutil.copytree(data / "train", tmp_path / "stage1")
+    command = [str(source), "--data", str(tmp_path / "data"), "--set", "dataset.cv_ratio=0.4"]
+    assert split.main(command) == 0
+    sides = [{folder.name for folder in (tmp_path / "data" / side).iterdir()} for side in ("train", "valid")]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == {folder.name for folder in source.iterdir()}
+    image = next((tmp_path / "data" / "train").glob("*/images/*"))
+    assert image.samefile(source / image.relative_to(tmp_path / "data" / "train"))
+    assert split.main(command) == 2
+    assert "not empty" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "data")
+    assert len(list(source.glob("*/images/*"))) == 6
+
+
+def test_demo_draws_what_can_be_trained_on(tmp_path):
+    assert prepare.main(["demo", "--images", "4", "--data", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("demo/train/*/images/*.png"))) == 4
+    assert not list(tmp_path.glob("demo/test/*/masks"))

@@ -1,0 +1,280 @@
+"""The target room: every map equals a plain loop over nuclei, on maps small enough to draw by hand and on busy ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from config import Contour, Pre
+from synthetic import draw_sample
+from target import (
+    ADJACENT_REACH,
+    BORDER_SIGMA,
+    BORDER_WEIGHT,
+    CENTROID_WEIGHT,
+    MARKER_DEPTH,
+    SOFT_EDGE,
+    TARGETS,
+    WEIGHTS,
+    make_targets,
+    plan_targets,
+)
+
+CROSS = ndimage.generate_binary_structure(2, 1)
+SQUARE = np.ones((3, 3), bool)
+
+
+def disk(shape, y, x, radius):
+    rows, columns = np.indices(shape)
+    return (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
+
+
+def place(shape, *masks):
+    labels = np.zeros(shape, np.int32)
+    for i, mask in enumerate(masks, 1):
+        labels[mask] = i
+    return labels
+
+
+def grid(n: int, step: int = 5) -> np.ndarray:
+    """More than 255 squares of 4 x 4 pixels, one pixel apart, with ids that have gaps and pass 65535."""
+    ids = np.arange(1, n * n + 1).reshape(n, n) * 300
+    cell = np.zeros((step, step), np.int32)
+    cell[:4, :4] = 1
+    return np.kron(ids, cell).astype(np.int32)
+
+
+S = (40, 44)
+MAPS = {
+    "empty": np.zeros(S, np.int32),
+    "one": place(S, disk(S, 19, 20, 9)),
+    "one pixel": place(S, disk(S, 3, 5, 0)),
+    "full": np.ones(S, np.int32),
+    "two touching": place(S, disk(S, 20, 13, 9), disk(S, 20, 29, 9)),
+    "two far apart": place(S, disk(S, 8, 8, 5), disk(S, 30, 34, 6)),
+    "cut by the border": place(S, disk(S, 0, 20, 8), disk(S, 39, 43, 10), disk(S, 15, -2, 6)),
+    "over 255": grid(17),
+    "ring": place(S, disk(S, 20, 20, 12) & ~disk(S, 20, 20, 5), disk(S, 20, 20, 3)),
+    "tissue": draw_sample(3, (96, 120), "tissue")[1],
+    "dense": draw_sample(1, (96, 120), "dense")[1],
+}
+every_map = pytest.mark.parametrize("labels", MAPS.values(), ids=MAPS.keys())
+
+
+# The plain loops
+
+
+def each(labels):
+    """(mask, own edge, depth) of each nucleus."""
+    for i in np.unique(labels[labels > 0]):
+        mask = labels == i
+        edge = mask & ~ndimage.binary_erosion(mask, CROSS, border_value=1)
+        yield mask, edge, np.where(mask, depth_of(mask & ~edge), 0)
+
+
+def depth_of(core):
+    """1 on the edge of a nucleus, growing inwards; endless where it has no edge because it fills the image."""
+    return np.full(core.shape, np.inf) if core.all() else ndimage.distance_transform_edt(core) + 1
+
+
+def loop_semantic(labels):
+    found = np.zeros(labels.shape)
+    for mask, _, _ in each(labels):
+        found[mask] = 1
+    return found
+
+
+def loop_soft_semantic(labels):
+    found = loop_semantic(labels)
+    for _, edge, _ in each(labels):
+        found[edge] = SOFT_EDGE
+    return found
+
+
+def loop_contour(labels):
+    found = np.zeros(labels.shape, bool)
+    for mask, _, _ in each(labels):
+        found |= ndimage.binary_dilation(mask, SQUARE) & ~ndimage.binary_erosion(mask, SQUARE, border_value=1)
+    return found
+
+
+def loop_adjacent_boundary(labels):
+    near = np.zeros(labels.shape, int)
+    for mask, _, _ in each(labels):
+        near += ndimage.binary_dilation(mask, SQUARE, iterations=ADJACENT_REACH)
+    return near >= 2
+
+
+def loop_marker(labels):
+    found = np.zeros(labels.shape, bool)
+    for mask, _, depth in each(labels):
+        found |= mask & (depth >= MARKER_DEPTH * depth.max())
+    return found
+
+
+def loop_border(labels):
+    inside = labels > 0
+    if not inside.any():
+        return np.ones(labels.shape)
+    distance = ndimage.distance_transform_edt(~inside)
+    found = np.ones(labels.shape)
+    for mask, _, depth in each(labels):
+        distance = np.where(mask, depth, distance)
+        y, x = np.indices(labels.shape) - np.array(ndimage.center_of_mass(mask))[:, None, None]
+        radius = np.sqrt(mask.sum() / np.pi)
+        found += np.where(mask, CENTROID_WEIGHT * np.exp(-2 * (y**2 + x**2) / radius**2), 0)
+    return found + BORDER_WEIGHT * np.exp(-(distance**2) / (2 * BORDER_SIGMA**2))
+
+
+LOOPS = {
+    "semantic": loop_semantic,
+    "soft_semantic": loop_soft_semantic,
+    "contour": loop_contour,
+    "adjacent_boundary": loop_adjacent_boundary,
+    "marker": loop_marker,
+    "border": loop_border,
+}
+
+
+def near_the_limit(labels):
+    """Where a core ends: distances are those of a 5 x 5 chamfer, true to 2 percent each."""
+    found = np.zeros(labels.shape, bool)
+    for mask, _, depth in each(labels):
+        if np.isfinite(depth.max()):
+            found |= mask & (np.abs(depth / depth.max() / MARKER_DEPTH - 1) < 0.04)
+    return found
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@every_map
+def test_target_equals_the_plain_loop(name, labels):
+    found = make_targets(labels, {"head": name})["head"]
+    assert found.dtype == np.float32 and found.shape == (1, *labels.shape) and found.flags.c_contiguous
+    assert found.min() >= 0 and found.max() <= 1
+    wrong = np.abs(found[0] - LOOPS[name](labels)) > 1e-6
+    assert not (wrong & ~near_the_limit(labels)).any() if name == "marker" else not wrong.any()
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@every_map
+def test_weight_equals_the_plain_loop(name, labels):
+    found = make_targets(labels, {}, name)["weight"]
+    assert found.dtype == np.float32 and found.shape == (1, *labels.shape) and found.flags.c_contiguous
+    assert np.isfinite(found).all() and found.min() > 0
+    assert np.abs(found[0] - LOOPS[name](labels)).max() < 0.08  # of at most 6
+
+
+@pytest.mark.parametrize("name", [*TARGETS, *WEIGHTS])
+def test_ids_and_their_order_do_not_matter(name):
+    labels = MAPS["tissue"]
+    ids = np.random.default_rng(0).permutation(2**20)[: labels.max() + 1].astype(np.int32) + 1
+    ids[0] = 0
+    plan, weight = ({"head": name}, None) if name in TARGETS else ({}, name)
+    for a, b in zip(*(make_targets(x, plan, weight).values() for x in (labels, ids[labels])), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", [*TARGETS, *WEIGHTS])
+def test_input_may_be_read_only_and_stays(name):
+    labels = MAPS["two touching"].copy()
+    labels.flags.writeable = False
+    plan, weight = ({"head": name}, None) if name in TARGETS else ({}, name)
+    for found in make_targets(labels, plan, weight).values():
+        assert found.flags.writeable and not np.shares_memory(found, labels)
+    assert np.array_equal(labels, MAPS["two touching"])
+
+
+# By hand
+
+
+def test_contour_by_hand():
+    labels = np.array([[0, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]], np.int32)
+    assert make_targets(labels, {"contour": "contour"})["contour"][0].astype(int).tolist() == [
+        [0, 0, 0, 0, 0],
+        [0, 0, 1, 1, 1],
+        [0, 0, 1, 1, 1],
+        [0, 0, 1, 1, 0],
+        [0, 0, 1, 1, 0],
+    ]
+
+
+def test_contour_parts_touching_nuclei():
+    labels = np.repeat([[1, 1, 1, 2, 2, 2]], 4, axis=0).astype(np.int32)
+    maps = make_targets(labels, {head: head for head in ("semantic", "contour", "soft_semantic")})
+    assert maps["semantic"][0].all()
+    assert maps["contour"][0].tolist() == [[0, 0, 1, 1, 0, 0]] * 4
+    assert np.allclose(maps["soft_semantic"][0], [[1, 1, SOFT_EDGE, SOFT_EDGE, 1, 1]] * 4)
+
+
+def test_adjacent_boundary_needs_two_near_nuclei():
+    plan = {"contour": "adjacent_boundary"}
+    for name in ("empty", "one", "full", "two far apart"):
+        assert not make_targets(MAPS[name], plan)["contour"].any()
+    row = np.zeros((9, 20), np.int32)
+    for gap, n in ((0, 4), (1, 3), (2, 2), (3, 1), (4, 0)):  # columns within reach of both
+        labels = row.copy()
+        labels[:, :8], labels[:, 8 + gap :] = 1, 2
+        assert make_targets(labels, plan)["contour"][0].sum(axis=1).tolist() == [n] * 9
+
+
+@pytest.mark.parametrize("name", [name for name in MAPS if name != "empty"])
+def test_every_nucleus_has_its_own_core(name):
+    labels = MAPS[name]
+    core = make_targets(labels, {"marker": "marker"})["marker"][0] > 0
+    assert not core[labels == 0].any()
+    assert set(np.unique(labels[core])) == set(np.unique(labels[labels > 0]))
+
+
+def test_cores_of_touching_nuclei_are_apart():
+    for name in ("two touching", "dense", "tissue"):
+        labels = MAPS[name]
+        core = make_targets(labels, {"marker": "marker"})["marker"][0] > 0
+        large = np.bincount(labels.ravel())[labels] >= 80  # a few pixels are all core
+        pieces, n = ndimage.label(core & large, SQUARE)
+        assert all(np.unique(labels[pieces == i]).size == 1 for i in range(1, n + 1))
+
+
+def test_weight_is_greatest_at_borders_and_one_far_away():
+    weight = make_targets(place((120, 120), disk((120, 120), 60, 60, 30)), {}, "border")["weight"][0]
+    assert weight[0, 0] == pytest.approx(1, abs=1e-4)
+    assert weight[60, 60] == pytest.approx(1 + CENTROID_WEIGHT, abs=1e-3)
+    y, x = np.unravel_index(weight.argmax(), weight.shape)
+    assert abs(np.hypot(y - 60, x - 60) - 30) < 1.5
+    assert (np.diff(weight[60, 15:30]) > 0).all() and (np.diff(weight[60, 31:40]) < 0).all()
+    assert make_targets(MAPS["empty"], {}, "border")["weight"].tolist() == np.ones((1, *S)).tolist()
+
+
+# The plan
+
+
+@pytest.mark.parametrize(
+    ("heads", "binary", "adjacent", "expected"),
+    [
+        (("semantic",), True, False, {"semantic": "semantic"}),
+        (("semantic",), False, True, {"semantic": "soft_semantic"}),
+        (("semantic", "contour"), True, True, {"semantic": "semantic", "contour": "adjacent_boundary"}),
+        (
+            ("semantic", "contour", "marker"),
+            False,
+            False,
+            {"semantic": "soft_semantic", "contour": "contour", "marker": "marker"},
+        ),
+    ],
+)
+def test_plan(heads, binary, adjacent, expected):
+    plan = plan_targets(heads, Pre(label_to_binary=binary), Contour(adjacent_boundary_only=adjacent))
+    assert plan == expected
+    maps = make_targets(MAPS["tissue"], plan, "border")
+    assert list(maps) == [*heads, "weight"]
+
+
+def test_weight_is_made_only_when_asked_for():
+    assert list(make_targets(MAPS["one"], {"semantic": "semantic"})) == ["semantic"]
+
+
+def test_unknown_rows_are_named():
+    with pytest.raises(ValueError, match="unknown target 'contuor'; did you mean 'contour'"):
+        make_targets(MAPS["one"], {"contour": "contuor"})
+    with pytest.raises(ValueError, match="unknown weight map 'edge'"):
+        make_targets(MAPS["one"], {}, "edge")

@@ -1,0 +1,327 @@
+"""The transform room: every augmentation alone and all together, against slicing, flipping and a plain loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from config import Pre
+from synthetic import draw_sample
+from transform import AUGMENTATIONS, Sample, Warp, build_transform, equalize
+
+SIZE = 96
+SWITCHES = [
+    "random_crop", "flip", "rotate", "elastic_distortion", "color_invert", "color_jitter", "color_equalize", "gray",
+    "color_space_shift", "channel_shuffle", "add_noise",
+]  # fmt: skip
+every_row = pytest.mark.parametrize("name", AUGMENTATIONS)
+colour_rows = pytest.mark.parametrize("name", [name for name, row in AUGMENTATIONS.items() if not row.geometric])
+
+
+def switched(*names: str, **values) -> Pre:
+    """Settings with these switches on and all others off."""
+    return Pre(**{name: name in names for name in SWITCHES}, **values)
+
+
+def switch_of(name: str) -> str:
+    """The one switch that turns a row on."""
+    found = [switch for switch in SWITCHES if AUGMENTATIONS[name].wanted(switched(switch))]
+    assert len(found) == 1
+    return found[0]
+
+
+def draw(seed: int = 0, shape: tuple[int, int] = (SIZE, SIZE), kind: str = "tissue") -> Sample:
+    """A sample whose ids have gaps and need more than 16 bits."""
+    image, labels = draw_sample(seed, shape, kind)
+    assert labels.max() >= 2
+    return Sample(image, labels * np.int32(70_001), "an id", "a group")
+
+
+def run(pre: Pre, sample: Sample, seed: int, width: int = SIZE, precise: bool = False) -> Sample:
+    return build_transform(pre, width, precise)(sample, np.random.default_rng(seed))
+
+
+def same(a: Sample, b: Sample) -> bool:
+    return np.array_equal(a.image, b.image) and np.array_equal(a.labels, b.labels)
+
+
+# Every row
+
+
+@every_row
+@pytest.mark.parametrize("precise", [False, True])
+def test_a_row_keeps_types_shape_and_ids(name, precise):
+    sample = draw()
+    for seed in range(6):
+        found = run(switched(switch_of(name)), sample, seed, 64, precise)
+        assert found.image.shape == (64, 64, 3) and found.image.dtype == np.uint8
+        assert found.labels.shape == (64, 64) and found.labels.dtype == np.int32
+        assert set(np.unique(found.labels)) <= set(np.unique(sample.labels))
+        assert (found.id, found.group) == ("an id", "a group")
+
+
+@every_row
+def test_a_row_depends_on_the_seed_alone(name):
+    pre, sample = switched(switch_of(name)), draw()
+    found = [run(pre, sample, seed) for seed in range(30)]
+    assert all(same(a, run(pre, sample, seed)) for seed, a in enumerate(found))
+    assert any(not same(a, sample) for a in found)
+    assert len({a.image.tobytes() for a in found}) > 1
+
+
+@every_row
+def test_a_row_that_is_off_does_nothing(name):
+    pre = switched(*(switch for switch in SWITCHES if switch != switch_of(name)))
+    assert not AUGMENTATIONS[name].wanted(pre)
+
+
+def test_all_off_is_the_identity():
+    sample = draw()
+    assert all(same(run(switched(), sample, seed), sample) for seed in range(3))
+    assert same(run(switched(), sample, 0, precise=True), sample)
+
+
+@every_row
+def test_a_row_leaves_its_input_alone(name):
+    sample = draw()
+    before = sample.image.copy(), sample.labels.copy()
+    for seed in range(4):
+        run(switched(switch_of(name)), sample, seed)
+    assert np.array_equal(sample.image, before[0]) and np.array_equal(sample.labels, before[1])
+
+
+@pytest.mark.parametrize("precise", [False, True])
+def test_read_only_memory_maps_are_as_good(tmp_path, precise):
+    sample = draw(1, (120, 140))
+    np.save(tmp_path / "image.npy", sample.image)
+    np.save(tmp_path / "labels.npy", sample.labels)
+    mapped = Sample(np.load(tmp_path / "image.npy", mmap_mode="r"), np.load(tmp_path / "labels.npy", mmap_mode="r"))
+    for switches in (SWITCHES, []):
+        found = run(switched(*switches), mapped, 3, 64, precise)
+        assert same(found, run(switched(*switches), sample, 3, 64, precise))
+        found.image[:], found.labels[:] = 0, 0  # what comes out belongs to the caller
+    assert np.array_equal(mapped.image, sample.image) and np.array_equal(mapped.labels, sample.labels)
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (1, 1), (1, 50), (200, 9)])
+def test_small_images_fill_the_crop(shape):
+    rng = np.random.default_rng(0)
+    sample = Sample(rng.integers(1, 256, (*shape, 3), dtype=np.uint8), np.ones(shape, np.int32))
+    for seed in range(8):
+        found = run(switched("random_crop", "flip", "rotate", "elastic_distortion"), sample, seed, 48)
+        assert (found.labels == 1).all() and (found.image > 0).all()
+
+
+def test_no_nucleus_at_all():
+    sample = Sample(draw().image, np.zeros((SIZE, SIZE), np.int32))
+    for precise in (False, True):
+        assert not run(switched(*SWITCHES), sample, 1, 64, precise).labels.any()
+
+
+# Geometry
+
+
+def test_identity_warp_equals_slicing():
+    sample = draw(2, (80, 112))
+    found = Warp.centered((80, 112), (32, 48)).apply(sample)
+    assert np.array_equal(found.image, sample.image[24:56, 32:80])
+    assert np.array_equal(found.labels, sample.labels[24:56, 32:80])
+
+
+def test_what_lies_outside_is_mirrored():
+    sample = draw(2, (40, 50), "dense")
+    found = Warp.centered((40, 50), (60, 80)).apply(sample)
+    assert np.array_equal(found.labels, np.pad(sample.labels, ((10, 10), (15, 15)), mode="reflect"))
+    assert np.array_equal(found.image, np.pad(sample.image, ((10, 10), (15, 15), (0, 0)), mode="reflect"))
+
+
+def geometric_warp(
+    seed: int, shape=(SIZE, SIZE), crop=(64, 64), rows=("scale", "rotate", "flip", "random_crop")
+) -> Warp:
+    rng, warp = np.random.default_rng(seed), Warp.centered(shape, crop)
+    for name in rows:
+        warp = AUGMENTATIONS[name].run(warp, rng, Pre())
+    return warp
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_labels_are_moved_by_nearest_neighbour(seed):
+    sample = draw(seed)
+    warp = geometric_warp(seed)
+    x, y = np.moveaxis(warp.coordinates(), -1, 0)
+    expected = ndimage.map_coordinates(sample.labels, [y, x], order=0, mode="mirror")
+    assert (warp.apply(sample).labels == expected).mean() > 0.995  # halves may be rounded either way
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_precise_moves_each_mask_by_linear_interpolation(seed):
+    sample = draw(seed)
+    warp = geometric_warp(seed, rows=("scale", "rotate", "flip", "elastic_distortion", "random_crop"))
+    x, y = np.moveaxis(warp.coordinates(), -1, 0)
+    ids = np.unique(sample.labels)[1:]
+    masks = [ndimage.map_coordinates((sample.labels == i) * 1.0, [y, x], order=1, mode="mirror") for i in ids]
+    best = np.argmax(masks, axis=0)
+    expected = np.where(np.max(masks, axis=0) > 0.5, ids[best], 0)
+    found = warp.apply(sample, precise=True).labels
+    assert (found == expected).mean() > 0.99
+    assert not np.array_equal(found, warp.apply(sample).labels)
+
+
+@pytest.mark.parametrize("precise", [False, True])
+def test_image_and_labels_move_together(precise):
+    labels = draw_sample(4, (160, 200), "tissue")[1]
+    colors = np.random.default_rng(0).integers(0, 256, (labels.max() + 1, 3), dtype=np.uint8)
+    sample = Sample(colors[labels], labels)
+    pre = switched("random_crop", "flip", "rotate", "elastic_distortion", min_scale=0.7, max_scale=1.5)
+    for seed in range(10):
+        found = run(pre, sample, seed, SIZE, precise)
+        inside = ndimage.minimum_filter(found.labels, 7) == ndimage.maximum_filter(found.labels, 7)
+        error = np.abs(found.image.astype(int) - colors[found.labels]).max(axis=-1)
+        assert inside.mean() > 0.2
+        assert (error[inside] <= 4).mean() > 0.99
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300), (170, 170)])
+def test_crop_stays_inside(shape):
+    for seed in range(40):
+        x, y = np.moveaxis(geometric_warp(seed, shape).coordinates(), -1, 0)
+        assert x.min() >= -0.5 and y.min() >= -0.5
+        assert x.max() <= shape[1] - 0.5 and y.max() <= shape[0] - 0.5
+
+
+def test_shrinking_averages_what_it_cannot_show():
+    stripes = np.zeros((128, 128, 3), np.uint8)
+    stripes[::2] = 255
+    warp = Warp((128, 128), (48, 48), np.array([63.5, 63.5]), np.eye(2) * 2.5)
+    found = warp.apply(Sample(stripes, np.zeros((128, 128), np.int32))).image
+    assert abs(found.mean() - 127.5) < 5 and found.std() < 25
+    kept = Warp.centered((128, 128), (48, 48)).apply(Sample(stripes, np.zeros((128, 128), np.int32))).image
+    assert np.array_equal(np.unique(kept), [0, 255])  # at its own size an image stays sharp
+
+
+def test_crop_gets_everywhere():
+    corners = np.array(
+        [geometric_warp(seed, (200, 300), rows=("random_crop",)).coordinates()[0, 0] for seed in range(400)]
+    )
+    assert (corners.min(axis=0) < 4).all()
+    assert (corners.max(axis=0) > np.array([300 - 64, 200 - 64]) - 5).all()
+    assert np.allclose(corners.mean(axis=0), [(300 - 64) / 2, (200 - 64) / 2], atol=10)
+
+
+def test_zoom_and_aspect_stay_in_range():
+    pre = Pre(min_scale=0.5, max_scale=2, aspect=0.2)
+    zooms, aspects = [], []
+    for seed in range(300):
+        warp = AUGMENTATIONS["scale"].run(Warp.centered((9, 9), (9, 9)), np.random.default_rng(seed), pre)
+        zooms.append(np.linalg.det(warp.linear) ** -0.5)
+        aspects.append(warp.linear[0, 0] / warp.linear[1, 1])
+    assert 0.5 <= min(zooms) < 0.53 and 1.9 < max(zooms) <= 2
+    assert 1 / 1.2 - 1e-9 <= min(aspects) < 0.85 and 1.17 < max(aspects) <= 1.2 + 1e-9
+    assert 0.4 < np.mean(np.array(zooms) < 1) < 0.6  # as often smaller as larger
+
+
+def test_flips_are_exact_and_all_four_come():
+    sample = draw(5)
+    wanted = {step: sample.labels[:: step[0], :: step[1]] for step in [(1, 1), (1, -1), (-1, 1), (-1, -1)]}
+    found = count_equal(wanted, [run(switched("flip"), sample, seed) for seed in range(40)])
+    assert all(found[step] > 0 for step in wanted) and sum(found.values()) == 40
+
+
+def test_half_of_the_rotations_are_quarter_turns():
+    sample = draw(5)
+    wanted = {k: np.rot90(sample.labels, k) for k in range(4)}
+    found = count_equal(wanted, [run(switched("rotate"), sample, seed) for seed in range(60)])
+    assert all(found[k] > 0 for k in wanted) and 18 <= sum(found.values()) <= 42
+
+
+def count_equal(wanted, samples):
+    return {key: sum(np.array_equal(s.labels, labels) for s in samples) for key, labels in wanted.items()}
+
+
+def test_without_random_crop_the_whole_image_is_squeezed():
+    image = np.zeros((60, 120, 3), np.uint8)
+    labels = np.zeros((60, 120), np.int32)
+    image[:30, 60:], labels[:30, 60:] = 200, 9
+    found = run(switched(), Sample(image, labels), 0, 40)
+    expected = np.zeros((40, 40), np.int32)
+    expected[:20, 20:] = 9
+    assert np.array_equal(found.labels, expected)
+    assert (found.image[1:18, 23:] == 200).all() and not found.image[23:].any()
+
+
+def test_elastic_distortion_is_smooth_and_small():
+    reach = []
+    for seed in range(40):
+        warp = geometric_warp(seed, crop=(SIZE, SIZE), rows=("elastic_distortion",))
+        if warp.field is not None:
+            reach.append(np.abs(warp.field).max())
+            assert np.abs(np.diff(warp.field, axis=0)).max() < 1  # nothing folds over
+    assert 10 <= len(reach) <= 30 and 1 < np.median(reach) < 15
+
+
+# Colour
+
+
+@colour_rows
+def test_colour_rows_leave_labels_alone(name):
+    sample = draw()
+    for seed in range(6):
+        assert np.array_equal(run(switched(switch_of(name)), sample, seed).labels, sample.labels)
+
+
+def outcomes(name: str, image: np.ndarray, n: int = 60) -> list[np.ndarray]:
+    """What a colour row makes of an image; those that left it alone are left out."""
+    found = [AUGMENTATIONS[name].run(image, np.random.default_rng(seed), Pre()) for seed in range(n)]
+    return [f for f in found if not np.array_equal(f, image)]
+
+
+def test_invert():
+    image = draw().image
+    found = outcomes("color_invert", image)
+    assert 15 <= len(found) <= 45
+    assert all(np.array_equal(f, 255 - image) for f in found)
+
+
+def test_shuffle_permutes_channels():
+    image = draw().image
+    found = outcomes("channel_shuffle", image, 200)
+    assert 5 <= len(found) <= 40
+    assert all(np.array_equal(np.sort(f.reshape(-1, 3), 1), np.sort(image.reshape(-1, 3), 1)) for f in found)
+
+
+def test_gray_has_equal_channels():
+    found = outcomes("gray", draw().image)
+    assert 4 <= len(found) <= 24
+    assert all((f == f[..., :1]).all() for f in found)
+
+
+def test_jitter_is_one_rising_curve():
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=-1)
+    found = outcomes("color_jitter", ramp)
+    assert len(found) == 60
+    for f in found:
+        assert (f == f[..., :1]).all() and (np.diff(f[0, :, 0].astype(int)) >= 0).all()
+
+
+def test_color_space_shift_leaves_gray_images_gray():
+    assert not outcomes("color_space_shift", draw(kind="fluorescence").image)
+    assert len(outcomes("color_space_shift", draw(kind="tissue").image)) >= 15
+
+
+def test_noise_is_small_and_has_no_bias():
+    image = np.full((64, 64, 3), 128, np.uint8)
+    found = outcomes("add_noise", image)
+    assert 15 <= len(found) <= 45
+    for f in found:
+        assert (f == f[..., :1]).all()
+        assert f.std() < 0.09 * 255 and abs(f.mean() - 128) < 1.5
+
+
+def test_equalize_widens_a_dull_image():
+    image = (draw().image // 4 + 90).astype(np.uint8)
+    before = image.copy()
+    found = equalize(image)
+    assert found.shape == image.shape and found.dtype == np.uint8
+    assert found.std() > 1.3 * image.std()
+    assert np.array_equal(image, before)
