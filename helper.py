@@ -9,9 +9,9 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +163,22 @@ class Meter:
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint; a crash at any moment leaves the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".tmp", delete=False) as file:
-        try:
-            torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
-            file.flush()
+    with _replacing(path) as partial, open(partial, "wb") as file:
+        torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, that takes the place of `path` once it is on disk, and is gone if writing fails."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a file of tempfile could be read by its owner alone
+    try:
+        yield partial
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, path)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -203,9 +210,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def write_current(folder: Path, name: str, epoch: int) -> None:
     """Note in ``current.json`` where training stands."""
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
-        json.dump({"checkpoint": name, "epoch": epoch}, file)
-    os.replace(file.name, folder / "current.json")
+    with _replacing(folder / "current.json") as partial:
+        partial.write_text(json.dumps({"checkpoint": name, "epoch": epoch}))
 
 
 def read_current(folder: Path) -> Path | None:

@@ -181,7 +181,7 @@ class Cache:
         return np.load(entry, mmap_mode="r")
 
     def _name(self, path: Path, files: Sequence[Path], kind: str) -> str:
-        """`<2 digits>/<what it is>-<state of its files>.<kind>.npy`: entries of one source differ in the state alone."""
+        """`<2 digits>/<source>-<state of its files>.<kind>.npy`; entries of one source differ in the state alone."""
         policy = self._policy if kind == "image" else ()
         source = hashlib.sha1(repr((_CACHE_FORMAT, str(path.resolve()), *policy)).encode()).hexdigest()
         state = hashlib.sha1()

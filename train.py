@@ -167,8 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where training stopped"
     )
-    parser.add_argument("--epoch", type=int, metavar="N", help="train N further epochs")
-    parser.add_argument("--minutes", type=float, metavar="M", help="train M minutes; the schedule follows the clock")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epoch", type=int, metavar="N", help="train N further epochs")
+    length.add_argument("--minutes", type=float, metavar="M", help="train M minutes; the schedule follows the clock")
     parser.add_argument(
         "--lr", dest="set", action="append", type="param.learn_rate={}".format, metavar="X", help="learning rate"
     )

@@ -79,8 +79,10 @@ def plan_span(epoch: int, saved: Span | None, n_epoch: int | None, minutes: floa
         same = saved.minutes == minutes if minutes is not None else saved.target - saved.start == n_epoch
         if not asked or same:
             return saved
-    if minutes is not None or (not asked and config.minutes and saved is None):
-        return Span(epoch, 0, minutes if minutes is not None else config.minutes)
+    if minutes is not None:
+        return Span(epoch, 0, minutes)
+    if not asked and config.minutes:
+        return saved if saved is not None and saved.minutes == config.minutes else Span(epoch, 0, config.minutes)
     return Span(epoch, epoch + n_epoch if n_epoch is not None else max(config.n_epoch, epoch))
 
 
@@ -173,7 +175,7 @@ class Trainer:
             "step": self.step,
             "best": self.best,
             "scores": self.scores,
-            "random": {"torch": torch.get_rng_state()},
+            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
             "config": self.config.to_dict(),
         }
 
@@ -186,7 +188,9 @@ class Trainer:
         self.span = Span(**state["span"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.scores = dict(state["scores"])
-        torch.set_rng_state(state["random"]["torch"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if len(state["random"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
 
     def save(self) -> None:
         """Write the checkpoints that this epoch is due."""

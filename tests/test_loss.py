@@ -73,7 +73,7 @@ def test_equals_the_plain_formula(name, seed):
 
 
 def test_focal_is_taken_pixel_by_pixel():
-    """By hand: at p_t = 0.5 and 0.9, (0.25 * 0.6931 + 0.01 * 0.1054) / 2; of the mean cross entropy it would be 0.0433."""
+    """By hand: at p_t = 0.5 and 0.9, (0.25 * 0.6931 + 0.01 * 0.1054) / 2; of the mean it would be 0.0433."""
     logits = torch.tensor([0.0, np.log(9)], dtype=torch.float64).view(1, 1, 1, 2)
     ones = torch.ones_like(logits)
     assert focal(logits, ones, ones).item() == pytest.approx(0.0871702, abs=1e-6)

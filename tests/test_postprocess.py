@@ -1,4 +1,4 @@
-"""The postprocess room: touching nuclei come apart, nothing else changes, and the walker walks as scikit-image's does."""
+"""The postprocess room: touching nuclei come apart, nothing else changes, the walker walks as scikit-image's."""
 
 from __future__ import annotations
 

@@ -1,0 +1,96 @@
+"""What must hold on real images; without NUCLEI_DATA these tests skip."""
+
+from __future__ import annotations
+
+import csv
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from annotation import encode_rle
+from config import load_config
+from metric import THRESHOLDS, average_precision
+from postprocess import instances
+from record import Record, find_records
+from target import make_targets, plan_targets
+
+pytestmark = pytest.mark.data
+N_IMAGES = 12
+
+
+@pytest.fixture(scope="module")
+def label_maps(nuclei_data: Path, tmp_path_factory) -> dict[str, np.ndarray]:
+    """Label maps of some validation images, of every kind."""
+    from image import read_image, read_labels
+
+    folder = tmp_path_factory.mktemp("real")
+    with open(nuclei_data / "dataset.csv", newline="") as file:
+        kinds = {row["image_id"]: row["sub_category"] for row in csv.DictReader(file)}
+    ids = sorted((nuclei_data / "valid_ids.txt").read_text().split(), key=lambda i: (kinds[i], i))
+    chosen = set(ids[:: len(ids) // N_IMAGES])
+    with zipfile.ZipFile(nuclei_data / "stage1_train.zip") as archive:
+        for name in archive.namelist():
+            if chosen & set(name.split("/")):
+                archive.extract(name, folder)
+
+    def labels_of(record: Record) -> np.ndarray:
+        assert record.masks is not None
+        return read_labels(record.masks, read_image(record.image).shape[:2])
+
+    return {record.id: labels_of(record) for record in find_records(next(folder.iterdir()))}
+
+
+def test_every_kind_is_there(label_maps):
+    assert len(label_maps) >= N_IMAGES and all(labels.max() > 0 for labels in label_maps.values())
+
+
+def test_run_lengths_decode_to_the_same_label_maps(label_maps):
+    for image_id, labels in label_maps.items():
+        decoded = np.zeros(labels.size, np.int32)
+        for label, run in enumerate(encode_rle(labels), start=1):
+            numbers = np.array(run.split(), int)
+            for start, length in zip(numbers[::2], numbers[1::2], strict=True):
+                assert not decoded[start - 1 : start - 1 + length].any()
+                decoded[start - 1 : start - 1 + length] = label
+        assert np.array_equal(decoded.reshape(labels.shape[::-1]).T, labels), image_id
+
+
+def brute_force(true: np.ndarray, pred: np.ndarray) -> float:
+    """The competition's score of an image by its definition, a pair of masks at a time."""
+    masks = [[labels == i for i in np.unique(labels) if i] for labels in (true, pred)]
+    hits = []
+    for threshold in THRESHOLDS:
+        matched_pred: set[int] = set()
+        tp = 0
+        for mask in masks[0]:
+            for j, other in enumerate(masks[1]):
+                if (mask & other).sum() > threshold * (mask | other).sum():
+                    tp += 1
+                    matched_pred.add(j)
+        fn, fp = len(masks[0]) - tp, len(masks[1]) - len(matched_pred)
+        hits.append(tp / (tp + fp + fn))
+    return float(np.mean(hits))
+
+
+def test_the_metric_is_the_competitions(label_maps):
+    rng = np.random.default_rng(0)
+    for labels in label_maps.values():
+        labels = labels[:128, :128]
+        shifted = np.roll(labels, (1, 2), (0, 1))
+        keep = rng.random(labels.max() + 1) < 0.8
+        pred = np.where(keep[shifted], shifted, 0)
+        assert average_precision(labels, pred).mean() == pytest.approx(brute_force(labels, pred), abs=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["ws", "rw"])
+@pytest.mark.parametrize("marker", ["marker", "contour"])
+def test_perfect_maps_give_the_nuclei_back(label_maps, policy, marker):
+    config = load_config(overrides=[f"post.policy={policy}", f"post.marker={marker}"])
+    plan = plan_targets(("semantic", "contour", "marker"), config.pre, config.contour)
+    scores = []
+    for labels in label_maps.values():
+        probs = {head: value[0] for head, value in make_targets(labels, plan).items()}
+        scores.append(average_precision(labels, instances(probs, config.post, config.thresholds)).mean())
+    assert np.mean(scores) > 0.93

@@ -1,0 +1,331 @@
+"""The trainer room: schedules of the right shape, spans that end where they should, and a resume that is exact."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from config import Config, Train
+from dataset import Loader, NucleiDataset, open_cache
+from helper import load_checkpoint, read_current
+from model import build_model, load_model
+from record import find_records
+from synthetic import write_dataset
+from trainer import SCHEDULES, Meters, Span, Trainer, pick_rules, plan_span, sum_losses, update_average
+
+CPU = torch.device("cpu")
+
+
+class Log:
+    """What the trainer reports, by tag."""
+
+    def __init__(self):
+        self.scalars: dict[str, list[tuple[int, float]]] = {}
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.setdefault(tag, []).append((step, value))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Four tiny images."""
+    path = tmp_path_factory.mktemp("data")
+    write_dataset(path / "train", 4, seed=1, shape=(48, 40))
+    return path
+
+
+def settings(**sections) -> Config:
+    train = {"n_batch": 2, "n_worker": 0, "n_ckpt_epoch": 2, "n_cv_epoch": 1, "n_image_log": 0, "print_freq": 100}
+    base = {"default": {"width": 32}, "param": {"model": "unet", "learn_rate": 0.01}, "train": train}
+    names = base.keys() | sections.keys()
+    return Config.model_validate({name: {**base.get(name, {}), **sections.get(name, {})} for name in names})
+
+
+def make(folder: Path, out: Path, config: Config, evaluate=None, seed: int = 0, loader=Loader, **options) -> Trainer:
+    torch.manual_seed(seed)
+    model = build_model(config.param.model, **options)
+    cache = open_cache(config, folder)
+    dataset = NucleiDataset(find_records(folder / "train"), cache, config, model.heads)
+    batches = loader(dataset, config.train.n_batch, config.train.n_worker)
+    return Trainer(model, batches, config, out, CPU, torch.float32, evaluate)
+
+
+def same(a, b) -> bool:
+    """Equal to the bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# Schedules and spans
+
+
+@pytest.mark.parametrize(
+    ("name", "points"),
+    [
+        ("constant", {0: 1, 0.5: 1, 1: 1}),
+        ("onecycle", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 0.5, 1: 0}),
+        ("cosine", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 0.5, 0.4: 0.5 + 0.5 * math.sqrt(0.5), 1: 0}),
+    ],
+)
+def test_schedule_goes_through_its_points(name, points):
+    found = {progress: SCHEDULES[name](progress, 0, Train(warm_up=0.2)) for progress in points}
+    assert found == pytest.approx(points, abs=1e-9)
+
+
+def test_step_schedule_falls_every_so_many_epochs():
+    train = Train(step_epochs=10, step_factor=0.3)
+    found = [SCHEDULES["step"](0.5, epoch, train) for epoch in (0, 9, 10, 19, 20)]
+    assert found == pytest.approx([1, 1, 0.3, 0.3, 0.09])
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warm_up", [0.0, 0.1, 1.0])
+def test_schedule_stays_within_bounds(name, warm_up):
+    train = Train(warm_up=warm_up, step_epochs=5)
+    found = [SCHEDULES[name](progress, round(20 * progress), train) for progress in np.linspace(0, 1, 101)]
+    assert all(0 <= factor <= 1 for factor in found)
+    assert max(found) == pytest.approx(1, abs=0.02)
+
+
+def test_progress_of_epochs_and_of_the_clock():
+    epochs, clock = Span(10, 30), Span(10, 0, minutes=2.0, elapsed=60)
+    assert [epochs.progress(epoch, 1e9) for epoch in (10, 15.5, 30, 31)] == [0, 0.275, 1, 1]
+    assert [clock.progress(1e9, elapsed) for elapsed in (0, 30, 120, 500)] == [0, 0.25, 1, 1]
+    assert [epochs.done(epoch) for epoch in (29, 30, 31)] == [False, True, True]
+    assert not clock.done(10**6)
+    assert Span(10, 0, minutes=2.0, elapsed=120).done(10)
+
+
+HALFWAY, FINISHED = Span(0, 100), Span(0, 40)
+CLOCK, RUN_DOWN = Span(7, 0, 60.0, elapsed=600.0), Span(7, 0, 60.0, elapsed=3601.0)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "saved", "n_epoch", "minutes", "train", "expected"),
+    [
+        # nothing yet: what is asked for, else what the settings say
+        (0, None, None, None, {}, Span(0, 100)),
+        (0, None, 20, None, {}, Span(0, 20)),
+        (0, None, None, 30.0, {}, Span(0, 0, 30.0)),
+        (0, None, None, None, {"minutes": 15}, Span(0, 0, 15.0)),
+        (0, None, 20, None, {"minutes": 15}, Span(0, 20)),
+        # cut off: finished when nothing or the same is asked for
+        (40, HALFWAY, None, None, {}, HALFWAY),
+        (40, HALFWAY, 100, None, {}, HALFWAY),
+        (40, HALFWAY, None, None, {"n_epoch": 50}, HALFWAY),
+        (40, CLOCK, None, None, {}, CLOCK),
+        (40, CLOCK, None, 60.0, {}, CLOCK),
+        (40, CLOCK, None, None, {"minutes": 60}, CLOCK),
+        # cut off, and something else is asked for: counted from here
+        (40, HALFWAY, 20, None, {}, Span(40, 60)),
+        (40, HALFWAY, None, 30.0, {}, Span(40, 0, 30.0)),
+        (40, CLOCK, None, 30.0, {}, Span(40, 0, 30.0)),
+        (40, CLOCK, 20, None, {}, Span(40, 60)),
+        # finished: further epochs are counted from here, and nothing asked for is nothing to do
+        (40, FINISHED, 40, None, {}, Span(40, 80)),
+        (40, FINISHED, None, 60.0, {}, Span(40, 0, 60.0)),
+        (40, RUN_DOWN, None, 60.0, {}, Span(40, 0, 60.0)),
+        (100, HALFWAY, None, None, {}, Span(100, 100)),
+        (120, FINISHED, None, None, {}, Span(120, 120)),
+        (40, FINISHED, None, None, {}, Span(40, 100)),  # the settings ask for more than was trained
+        (40, RUN_DOWN, None, None, {"minutes": 60}, RUN_DOWN),
+        (40, RUN_DOWN, None, None, {"minutes": 90}, Span(40, 0, 90.0)),
+    ],
+)
+def test_plan_of_what_to_train_now(epoch, saved, n_epoch, minutes, train, expected):
+    assert plan_span(epoch, saved, n_epoch, minutes, Train(**train)) == expected
+
+
+def test_a_finished_span_is_done():
+    for epoch, saved, train in ((100, HALFWAY, {}), (120, FINISHED, {}), (40, RUN_DOWN, {"minutes": 60})):
+        assert plan_span(epoch, saved, None, None, Train(**train)).done(epoch)
+
+
+# Parts
+
+
+def test_average_moves_a_step_and_counters_are_copied():
+    average, model = (nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1)) for _ in range(2))
+    average[0].weight.data.fill_(1.0)
+    model[0].weight.data.fill_(5.0)
+    model[1].running_mean.fill_(8.0)
+    model[1].num_batches_tracked.fill_(9)
+    update_average(average, model, 0.75)
+    assert average[0].weight.item() == 2.0
+    assert average[1].running_mean.item() == 2.0
+    assert average[1].num_batches_tracked.item() == 9
+    assert model[0].weight.item() == 5.0
+
+
+def test_rules_are_of_the_heads_that_are_wanted():
+    heads = ("semantic", "contour", "marker")
+    config = settings(loss={"contour": "focal"})
+    assert pick_rules(config, heads) == {"semantic": "wbce + dice", "contour": "focal", "marker": "bce + dice"}
+    assert pick_rules(config, ("semantic",)).keys() == {"semantic"}
+    assert pick_rules(settings(contour={"detect": False}), heads).keys() == {"semantic", "marker"}
+    assert pick_rules(settings(contour={"exclusive": True}), heads).keys() == {"contour"}
+    with pytest.raises(ValueError, match=r"exclusive = True trains the contour alone, unet does not"):
+        pick_rules(settings(contour={"exclusive": True}), ("semantic",))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_names_its_head(value):
+    losses = {"semantic/bce": torch.tensor(1.0), "contour/dice": torch.tensor(2.5)}
+    assert sum_losses(losses).item() == 3.5
+    with pytest.raises(ValueError, match="the loss contour/dice is not finite"):
+        sum_losses({**losses, "contour/dice": torch.tensor(value)})
+
+
+def test_meters_of_a_step():
+    meters = Meters({"semantic": None})
+    truth = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 2, 2)
+    meters.update(0.5, {"semantic": torch.tensor([3.0, -3.0, 3.0, -3.0]).view(1, 1, 2, 2)}, {"semantic": truth}, 1)
+    meters.update(0.2, {"semantic": 2 * truth - 1}, {"semantic": truth}, 3)
+    meters.tick(0.25)
+    assert meters.means() == pytest.approx({"loss": 0.275, "iou/semantic": (1 / 3 + 3) / 4})
+    line = meters.line(3, 7, 20)
+    assert line.startswith("Epoch: [3][7/20]    Time: ")
+    assert "(io: 0.250)" in line
+    assert line.endswith("Loss: 0.2000 (0.2750)    IoU(Semantic): 1.000 (0.833)")
+
+
+# Training
+
+
+def test_a_resumed_run_equals_one_that_was_never_cut(folder, tmp_path):
+    class CutOff(Loader):
+        def epoch(self, epoch):
+            if epoch == 2:
+                raise KeyboardInterrupt
+            yield from super().epoch(epoch)
+
+    config = settings(train={"schedule": "cosine", "warm_up": 0.3})
+    straight = make(folder, tmp_path / "a", config, dropout=0.2)
+    straight.span = Span(0, 4)
+    straight.run(Log())
+
+    cut = make(folder, tmp_path / "b", config, dropout=0.2, loader=CutOff)
+    cut.span = Span(0, 4)
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(Log())
+
+    resumed = make(folder, tmp_path / "b", config, dropout=0.2, seed=77)
+    resumed.restore(load_checkpoint(read_current(tmp_path / "b")))
+    assert (resumed.epoch, resumed.step, resumed.span.target) == (2, 4, 4)
+    resumed.run(Log())
+
+    expected, found = straight.state(), resumed.state()
+    assert (found["epoch"], found["step"]) == (4, 8)
+    for part in ("weights", "average", "optimizer", "random", "step", "best"):
+        assert same(found[part], expected[part]), part
+    stored = load_checkpoint(tmp_path / "b" / "latest.pkl")
+    assert same(stored["weights"], expected["weights"])
+    assert not same(expected["weights"], load_checkpoint(tmp_path / "a" / "2.pkl")["weights"])
+
+
+def test_checkpoints_of_a_run(folder, tmp_path):
+    seen, answers = [], iter([0.2, 0.5, 0.3])
+
+    def evaluate(model):
+        seen.append(model)
+        return {"score": next(answers), "iou": 0.9}
+
+    trainer, log = make(folder, tmp_path, settings(), evaluate), Log()
+    trainer.span = Span(0, 3)
+    trainer.run(log)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2.pkl", "best.pkl", "current.json", "latest.pkl"]
+    epochs = {path.stem: load_checkpoint(path)["epoch"] for path in tmp_path.glob("*.pkl")}
+    assert epochs == {"2": 2, "best": 2, "latest": 3}
+    assert json.loads((tmp_path / "current.json").read_text()) == {"checkpoint": "latest.pkl", "epoch": 3}
+    assert all(model is trainer.average for model in seen)
+    assert load_checkpoint(tmp_path / "best.pkl")["scores"] == {"score": 0.5, "iou": 0.9}
+    assert load_checkpoint(tmp_path / "latest.pkl")["best"] == 0.5
+    assert log.scalars["valid/score"] == [(1, 0.2), (2, 0.5), (3, 0.3)]
+    assert [step for step, _ in log.scalars["train/loss"]] == [1, 2, 3]
+    assert same(load_model(load_checkpoint(tmp_path / "latest.pkl")).state_dict(), trainer.average.state_dict())
+
+
+def test_validation_comes_every_so_often_and_at_the_end(folder, tmp_path):
+    epochs = []
+
+    def evaluate(model):
+        epochs.append(trainer.epoch)
+        return {"score": 0.0}
+
+    trainer = make(folder, tmp_path, settings(train={"n_cv_epoch": 2}), evaluate)
+    trainer.span = Span(0, 3)
+    trainer.run(Log())
+    assert epochs == [2, 3]
+
+
+def test_training_lowers_the_loss(folder, tmp_path):
+    trainer, log = make(folder, tmp_path, settings(train={"n_batch": 4, "schedule": "constant"})), Log()
+    trainer.span = Span(0, 12)
+    trainer.run(log)
+    losses = [value for _, value in log.scalars["train/loss"]]
+    assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_the_schedule_sets_the_learn_rate(folder, tmp_path):
+    trainer, log = make(folder, tmp_path, settings(train={"n_batch": 4, "schedule": "onecycle", "warm_up": 0.5})), Log()
+    trainer.span = Span(0, 4)
+    trainer.run(log)
+    assert [rate for _, rate in log.scalars["train/learn_rate"]] == pytest.approx([0, 0.005, 0.01, 0.005])
+
+
+def test_the_clock_ends_a_span(folder, tmp_path):
+    trainer = make(folder, tmp_path, settings())
+    trainer.span = Span(0, 0, minutes=0.01)
+    trainer.run(Log())
+    assert 0.6 <= trainer.span.elapsed < 5
+    assert load_checkpoint(tmp_path / "latest.pkl")["span"]["elapsed"] == trainer.span.elapsed
+
+
+@pytest.mark.parametrize(
+    ("contour", "trained"),
+    [({}, {"semantic", "contour"}), ({"exclusive": True}, {"contour"}), ({"detect": False}, {"semantic"})],
+    ids=["both", "exclusive", "undetected"],
+)
+def test_only_the_wanted_heads_are_trained(folder, tmp_path, contour, trained):
+    trainer = make(folder, tmp_path, settings(param={"model": "caunet"}, contour=contour))
+    parts = {"semantic": (trainer.model.decoders[0], trainer.model.outputs["semantic"]),
+             "contour": (trainer.model.decoders[1], trainer.model.outputs["contour"])}  # fmt: skip
+    before = {head: [p.detach().clone() for part in own for p in part.parameters()] for head, own in parts.items()}
+    trainer.span = Span(0, 1)
+    trainer.run(Log())
+    for head, own in parts.items():
+        moved = [not torch.equal(p, old) for p, old in zip(
+            [p for part in own for p in part.parameters()], before[head], strict=True)]  # fmt: skip
+        assert all(moved) if head in trained else not any(moved), head
+
+
+def test_training_stops_where_a_head_is_not_finite(folder, tmp_path):
+    trainer = make(folder, tmp_path, settings(param={"model": "caunet"}))
+    with torch.no_grad():
+        trainer.model.outputs["contour"].bias.fill_(math.nan)
+    with pytest.raises(ValueError, match="the loss contour/wbce, contour/dice is not finite"):
+        trainer.run(Log())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("optimizer", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_optimizer_is_the_settings_choice(folder, tmp_path, optimizer, kind):
+    trainer = make(folder, tmp_path, settings(train={"optimizer": optimizer, "weight_decay": 0.05}))
+    assert type(trainer.optimizer) is kind
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == (0.05 if optimizer == "adamw" else 0.0)
+
+
+def test_unknown_schedule_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="unknown schedule 'cosin'; did you mean 'cosine'"):
+        make(folder, tmp_path, settings(train={"schedule": "cosin"}))
