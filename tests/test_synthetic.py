@@ -25,7 +25,7 @@ def touching_pairs(labels):
 @kinds
 def test_sample_is_reproducible(kind):
     image, labels = draw_sample(5, SHAPE, kind)
-    np.random.rand(3)  # the global state must not matter
+    np.random.rand(3)  # noqa: NPY002  the global state must not matter
     again, labels_again = draw_sample(5, SHAPE, kind)
     assert np.array_equal(image, again) and np.array_equal(labels, labels_again)
     other, _ = draw_sample(6, SHAPE, kind)
