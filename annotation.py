@@ -10,8 +10,7 @@ import csv
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import cv2
@@ -20,6 +19,7 @@ import tifffile
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from files import replacing
 from labels import Labels, relabel
 
 CSV_HEADER = ("ImageId", "EncodedPixels")
@@ -107,7 +107,7 @@ def write_csv(path: str | os.PathLike[str], results: Iterable[tuple[str, Labels]
         A map is no label map, or an image id comes twice; `path` stays as it was.
     """
     seen: set[str] = set()
-    with _staged(Path(path)) as stage, stage.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as stage, stage.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_HEADER)
         for image_id, labels in results:
@@ -174,7 +174,7 @@ def write_masks(folder: str | os.PathLike[str], labels: Labels) -> None:
         raise FileExistsError(f"{masks}: holds {foreign[0]}, not one of our masks; write to another folder")
     width = max(4, len(str(labels.max(initial=0))))
     canvas = np.zeros(labels.shape, np.uint8)
-    with _staged(masks) as stage:
+    with replacing(masks) as stage:
         stage.mkdir()
         for number, box in enumerate(ndimage.find_objects(labels), start=1):
             canvas[box] = np.where(labels[box] == number, 255, 0)
@@ -244,7 +244,7 @@ def write_label_map(path: str | os.PathLike[str], labels: Labels) -> None:
     """
     labels = _fitting(labels, f"{path}")
     stored = labels.astype(np.uint16) if labels.max() <= np.iinfo(np.uint16).max else labels
-    with _staged(Path(path)) as stage:
+    with replacing(path) as stage:
         tifffile.imwrite(stage, stored, compression="zlib", photometric="minisblack")
 
 
@@ -331,19 +331,3 @@ def _fitting(labels: Labels, name: str) -> NDArray[np.int32]:
     if lowest < 0 or highest > np.iinfo(np.int32).max:
         raise ValueError(f"{name}: ids from {lowest} to {highest}, wanted 0 to {np.iinfo(np.int32).max}")
     return labels.astype(np.int32)
-
-
-@contextmanager
-def _staged(path: Path) -> Iterator[Path]:
-    """Yield a hidden name beside `path`; what is made there becomes `path` if the block ends well, else
-    goes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stage = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield stage
-        os.replace(stage, path)
-    finally:
-        if stage.is_dir():
-            shutil.rmtree(stage)
-        else:
-            stage.unlink(missing_ok=True)

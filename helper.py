@@ -6,12 +6,10 @@ import argparse
 import ctypes
 import json
 import logging
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import torch
 from torch import nn
 
 from config import Config, add_arguments, load_config
+from files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -163,22 +162,10 @@ class Meter:
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint; a crash at any moment leaves the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as partial, open(partial, "wb") as file:
+    for left in path.parent.glob(f".{path.name}.*.part"):  # of a run that was killed while it wrote
+        left.unlink()
+    with replacing(path, sync=True) as stage, open(stage, "wb") as file:
         torch.save({"format": CHECKPOINT_FORMAT, **state}, file)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, that takes the place of `path` once it is on disk, and is gone if writing fails."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a file of tempfile could be read by its owner alone
-    try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -210,8 +197,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def write_current(folder: Path, name: str, epoch: int) -> None:
     """Note in ``current.json`` where training stands."""
-    with _replacing(folder / "current.json") as partial:
-        partial.write_text(json.dumps({"checkpoint": name, "epoch": epoch}))
+    with replacing(folder / "current.json", sync=True) as stage:
+        stage.write_text(json.dumps({"checkpoint": name, "epoch": epoch}))
 
 
 def read_current(folder: Path) -> Path | None:

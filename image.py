@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -22,6 +21,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
+from files import replacing
 from labels import relabel
 
 logger = logging.getLogger(__name__)
@@ -195,12 +195,10 @@ class Cache:
 
     def _store(self, entry: Path, array: NDArray) -> None:
         try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".tmp", delete=False) as file:
+            with replacing(entry) as stage, open(stage, "wb") as file:
                 np.save(file, array)
         except OSError as error:
             raise OSError(f"cannot write the cache in {self.folder} ({error}); choose [dataset] cache_dir") from error
-        os.replace(file.name, entry)
         source, kind = entry.name.split("-")[0], entry.name.split(".", 1)[1]
         for old in entry.parent.glob(f"{source}-*.{kind}"):
             if old != entry:

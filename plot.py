@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from files import replacing
 from labels import boundaries, color
 
 if TYPE_CHECKING:
@@ -215,14 +215,8 @@ def show(figure: Figure, position: tuple[int, int] | None = None) -> bool:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, whole or not at all, in place of what was there; folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=figure.dpi)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as stage:
+        figure.savefig(stage, format="png", dpi=figure.dpi)
 
 
 def _colors(labels: NDArray[np.integer]) -> NDArray[np.uint8]:

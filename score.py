@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from files import replacing
 from metric import THRESHOLDS, average_precision, pixel_iou
 from record import Record
 
@@ -79,8 +80,7 @@ def write_scores(path: Path, scores: Iterable[Score]) -> None:
     """Write ``iou.csv``: a row an image, then a row a category and one for all, whose ids are in brackets."""
     scores = list(scores)
     columns = [f"ap_{threshold:.2f}" for threshold in THRESHOLDS]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as stage, open(stage, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image_id", "category", "mean_ap", "pixel_iou", "n_true", "n_pred", *columns])
         for s in scores:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import Config
+from files import replacing
 from helper import make_parser, run_script
 from record import Record, count_by, load_records, split_by_ids, split_records
 
@@ -36,12 +37,9 @@ def run(config: Config, args: argparse.Namespace) -> int:
         train, valid = split_records(records, options.cv_ratio, options.cv_seed, options.cv_group)
     copied = 0
     for folder, members in zip(sides.values(), (train, valid), strict=True):
-        staged = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(staged, ignore_errors=True)
-        copied += sum(link_record(record, args.folder, staged) for record in members)
         if members:
-            shutil.rmtree(folder, ignore_errors=True)
-            staged.rename(folder)
+            with replacing(folder) as stage:
+                copied += sum(link_record(record, args.folder, stage) for record in members)
         kinds = ", ".join(f"{name or 'uncategorised'} {n}" for name, n in count_by(members).items())
         print(f"{folder}: {len(members)} images" + (f" ({kinds})" if kinds else ""))
     if copied:

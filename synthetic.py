@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from config import pick
+from files import replacing
 
 Map = NDArray[np.floating]
 Paint = Callable[[np.random.Generator, NDArray[np.int32], Map], Map]
@@ -152,16 +152,14 @@ def write_dataset(
 
 
 def _write_image(folder: Path, name: str, image: NDArray[np.uint8], labels: NDArray[np.int32] | None) -> None:
-    partial = folder / f".{name}.partial"  # renamed once complete: a run cut off leaves no half image behind
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "images").mkdir(parents=True)
-    Image.fromarray(image).save(partial / "images" / f"{name}.png")
-    if labels is not None:
-        (partial / "masks").mkdir()
-        for index in range(1, labels.max() + 1):
-            mask = (labels == index).astype(np.uint8) * 255
-            Image.fromarray(mask).save(partial / "masks" / f"{index:04d}.png")
-    partial.rename(folder / name)
+    with replacing(folder / name) as stage:
+        (stage / "images").mkdir(parents=True)
+        Image.fromarray(image).save(stage / "images" / f"{name}.png")
+        if labels is not None:
+            (stage / "masks").mkdir()
+            for index in range(1, labels.max() + 1):
+                mask = (labels == index).astype(np.uint8) * 255
+                Image.fromarray(mask).save(stage / "masks" / f"{index:04d}.png")
 
 
 # Shapes and places

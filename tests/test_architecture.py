@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("config", "labels"),
+    ("config", "files", "labels"),
     (
         "image", "record", "transform", "target", "encoder", "detector", "loss", "metric", "postprocess", "tile",
         "annotation", "synthetic", "helper",
@@ -21,7 +21,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 SCRIPTS = set(FLOORS[-1])
-WITHOUT_TORCH = ("config", "labels", "image", "record", "target", "metric", "postprocess", "tile", "annotation")
+WITHOUT_TORCH = (
+    "config",
+    "files",
+    "labels",
+    "image",
+    "record",
+    "target",
+    "metric",
+    "postprocess",
+    "tile",
+    "annotation",
+)
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
 every_room = pytest.mark.parametrize("room", ROOMS)
 

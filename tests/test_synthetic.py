@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
+from record import find_records
 from synthetic import GAP, KINDS, MIN_AREA, draw_sample, write_dataset
 
 SHAPE = (160, 208)
@@ -163,8 +164,8 @@ def test_dataset_without_masks(tmp_path):
 
 
 def test_half_written_image_is_redone(tmp_path):
-    stale = tmp_path / ".fluorescence_0000.partial" / "images"
+    stale = tmp_path / ".fluorescence_0000.1-1.part" / "images"
     stale.mkdir(parents=True)
     (stale / "fluorescence_0000.png").write_bytes(b"half")
     write_dataset(tmp_path, 1, shape=(48, 48))
-    assert [path.name for path in tmp_path.iterdir()] == ["fluorescence_0000"]
+    assert [record.id for record in find_records(tmp_path)] == ["fluorescence_0000"]
