@@ -92,10 +92,12 @@ def choose_records(args: argparse.Namespace, config: Config) -> list[Record]:
     if args.input is not None:
         return find_records(args.input)
     folder = args.data / args.dataset
-    if folder.is_dir() and (args.dataset != "train" or (args.data / "valid").is_dir()):
-        return load_records(folder, args.data, config.dataset)
     if args.dataset == "test":
-        raise FileNotFoundError(f"{folder}: no such folder; name images by --input, or a split by --dataset valid")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; name images by --input, or a split by --dataset valid")
+        return load_records(folder, args.data, config.dataset)
+    if args.dataset == "valid" and folder.is_dir() and config.dataset.valid_ids is None:
+        return load_records(folder, args.data, config.dataset)  # data/train need not be there
     train, valid = load_split(args.data, config.dataset)
     records = valid if args.dataset == "valid" else train
     if not records:
