@@ -274,6 +274,7 @@ def read_label_map(path: str | os.PathLike[str]) -> NDArray[np.int32]:
 
 
 def _write_mask(folder: Path, image_id: str, labels: Labels) -> None:
+    """One PNG a nucleus."""
     write_masks(folder / image_id, labels)
 
 
@@ -282,6 +283,7 @@ def _read_mask(folder: Path, image_id: str, shape: tuple[int, int]) -> NDArray[n
 
 
 def _write_label(folder: Path, image_id: str, labels: Labels) -> None:
+    """One label map (TIFF) an image."""
     write_label_map(folder / f"{image_id}.tif", labels)
 
 
@@ -296,7 +298,8 @@ WRITERS: dict[str, Callable[[Path, str, Labels], None]] = {
     "mask": _write_mask,
     "label": _write_label,
 }
-"""Format -> ``write(folder, image_id, labels)``: files of one image, under names made from its id."""
+"""Format -> ``write(folder, image_id, labels)``: files of one image, under names made from its id. The docstring of a
+row is the help of its option."""
 
 READERS: dict[str, Callable[[Path, str, tuple[int, int]], NDArray[np.int32]]] = {
     "mask": _read_mask,

@@ -255,8 +255,17 @@ class Config(Section):
         """Plain nested types only, as a checkpoint holds them."""
         return self.model_dump(mode="json", exclude={"user_set"})
 
-    def inherit(self, saved: Mapping[str, Any], keys: Iterable[str] = CHECKPOINT_KEYS) -> Config:
-        """This configuration with `keys` taken from `saved` (a `to_dict`), except where the user chose."""
+    def inherit(self, saved: Mapping[str, Any], keys: Iterable[str] | None = None) -> Config:
+        """This configuration with `keys` (all, where not given) taken from `saved`, except where the user chose.
+
+        Parameters
+        ----------
+        saved : mapping
+            As `to_dict` made it.
+        keys : iterable of str, optional
+            ``section.key`` each.
+        """
+        keys = ALL_KEYS if keys is None else tuple(keys)
         dump = self.model_dump()
         for key in keys:
             section, name = key.split(".")
@@ -274,6 +283,7 @@ SECTIONS: dict[str, type[Section]] = {
     for name, field in Config.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
+ALL_KEYS = tuple(f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields)
 _DEPRECATED = {
     "default.branch_marker": "the heads are a fact of the network now",
     "default.branch_contour": "the heads are a fact of the network now",

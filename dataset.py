@@ -45,7 +45,7 @@ class NucleiDataset:
 
     Notes
     -----
-    An item depends on ``(seed, epoch, index)`` alone: it is the same whatever the number of threads.
+    An item depends on ``(seed, epoch, index, position)`` alone: it is the same whatever the number of threads.
     """
 
     def __init__(self, records: Sequence[Record], cache: Cache, config: Config, heads: tuple[str, ...]) -> None:
@@ -71,8 +71,8 @@ class NucleiDataset:
         labels = self.clean(self.cache.labels(record.image, record.masks))
         return Sample(self.cache.image(record.image), labels, record.id, record.sub_category)
 
-    def item(self, index: int, epoch: int) -> dict[str, NDArray]:
-        """One augmented item.
+    def item(self, index: int, epoch: int, position: int = 0) -> dict[str, NDArray]:
+        """One augmented item; `position` in the epoch tells the copies of an image apart.
 
         Returns
         -------
@@ -80,7 +80,7 @@ class NucleiDataset:
             "image" -> (3, H, W) uint8, head -> (1, H, W) float32, "weight" -> (1, H, W) float32 where the settings
             ask for it.
         """
-        sample = self.transform(self.sample(index), np.random.default_rng([self.seed, epoch, index]))
+        sample = self.transform(self.sample(index), np.random.default_rng([self.seed, epoch, index, position]))
         image = np.ascontiguousarray(sample.image.transpose(2, 0, 1))
         return {"image": image, **make_targets(sample.labels, self.plan, self.weight)}
 
@@ -134,10 +134,10 @@ class Loader:
     def epoch(self, epoch: int) -> Generator[Batch, None, None]:
         """The batches of one epoch; at most ``n_worker + 1`` wait at a time."""
         order = self.dataset.order(epoch)
-        chunks = [order[i : i + self.n_batch] for i in range(0, len(order), self.n_batch)]
+        chunks = [range(i, min(i + self.n_batch, len(order))) for i in range(0, len(order), self.n_batch)]
 
-        def make(chunk: list[int]) -> Batch:
-            return collate([self.dataset.item(index, epoch) for index in chunk])
+        def make(chunk: range) -> Batch:
+            return collate([self.dataset.item(order[position], epoch, position) for position in chunk])
 
         if self.n_worker == 0:
             yield from map(make, chunks)

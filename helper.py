@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,17 +53,21 @@ def run_script(
         The exit code: what `main` returns, 2 for the user's error, 130 when interrupted.
     """
     args = parser.parse_args(argv)
+    problem: Exception
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         return main(load_config(args.config, args.set), args)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        problem, cure = error, "; a smaller [train] n_batch or width needs less memory"
     except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        problem, cure = error, ""
+    if args.debug:
+        raise problem
+    print(f"{parser.prog}: error: {' '.join(str(problem).split())}{cure}", file=sys.stderr)
+    return 2
 
 
 # Device
@@ -237,13 +241,20 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move an earlier run's checkpoints and log to ``previous``, so that a new run loses nothing of the last one."""
-    files = [*folder.glob("*.pkl"), *folder.glob("current.json"), *folder.glob("log")]
-    if not files:
+    """Move an earlier run's checkpoints and log to ``previous``, or ``previous-2``, ...; nothing is ever deleted.
+
+    Returns
+    -------
+    path or None
+        Where they are now; None where there was no checkpoint.
+    """
+    checkpoints = sorted(folder.glob("*.pkl"))
+    if not checkpoints:
         return None
-    previous = folder / "previous"
-    shutil.rmtree(previous, ignore_errors=True)
-    previous.mkdir(parents=True)
-    for file in files:
+    names = (f"previous-{i}" if i > 1 else "previous" for i in itertools.count(1))
+    previous = next(folder / name for name in names if not (folder / name).exists())
+    previous.mkdir()
+    # The note goes first: without it a run that is cut off here starts anew instead of looking for what has moved.
+    for file in [*folder.glob("current.json"), *checkpoints, *folder.glob("log")]:
         file.rename(previous / file.name)
     return previous

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from skimage import measure
@@ -142,6 +143,25 @@ def boundaries(labels: Labels) -> NDArray[np.bool_]:
     edge[:, 1:] |= horizontal
     edge[:, :-1] |= horizontal
     return edge & (labels > 0)
+
+
+def depth(labels: Labels) -> NDArray[np.float32]:
+    """Measure how deep every pixel lies in its own nucleus, even where that touches another.
+
+    Parameters
+    ----------
+    labels
+        (H, W) integers >= 0.
+
+    Returns
+    -------
+    (H, W) float32: 0 in the background, 1 on the `boundaries`, and inside 1 plus the distance (px) to them, to within a
+    few percent. Where a nucleus fills the image and has no boundary, H + W.
+    """
+    labels = _checked(labels)
+    core = ((labels > 0) & ~boundaries(labels)).astype(np.uint8)
+    inside = cv2.distanceTransform(core, cv2.DIST_L2, cv2.DIST_MASK_5) + 1
+    return np.where(labels > 0, np.minimum(inside, sum(labels.shape)), 0).astype(np.float32)
 
 
 def adjacency(labels: Labels, radius: int = 1) -> NDArray[np.int32]:

@@ -184,11 +184,21 @@ def load_model(checkpoint: Mapping[str, Any], averaged: bool = True) -> Network:
     """
     model = build_model(checkpoint["model"], **checkpoint["options"])
     weights = checkpoint.get("average") if averaged else None
-    model.load_state_dict(weights or checkpoint["weights"])
+    try:
+        model.load_state_dict(weights or checkpoint["weights"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights do not fit a {checkpoint['model']}: {' '.join(str(error).split())[:200]}"
+        ) from None
     return model.eval()
 
 
 def place(model: Network, device: torch.device) -> Network:
-    """Move a network to a device, its weights channels-last, in which convolutions are fastest on every device."""
+    """Move a network to a device, its weights channels-last where convolutions are fastest so."""
     model.to(device)
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=memory_format(device))
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Layout of images and weights: channels-last on CPU and CUDA; Apple's backend is slower in it, and has crashed."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last

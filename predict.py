@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from config import Config, Valid, pick
+from config import CHECKPOINT_KEYS, Config, Valid, pick
 from helper import autocast, load_checkpoint, pick_device, pick_precision
-from model import Network, load_model, place
+from model import Network, load_model, memory_format, place
 from postprocess import instances
 
 _PADDING = {
@@ -61,7 +61,10 @@ class Segmenter:
 
     def separate(self, probs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int32]:
         """The instances of probability maps by the rules of the settings, (H, W) int32."""
-        return instances(probs, self.config.post, self.config.thresholds)
+        thresholds = self.config.thresholds
+        if self.config.valid.ensemble == "vote":  # each network has used its threshold; now the majority counts
+            thresholds = dict.fromkeys(thresholds, 0.5)
+        return instances(probs, self.config.post, thresholds)
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an image, (H, W) int32."""
@@ -72,9 +75,20 @@ def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
     """Networks of one or several checkpoints, ready to use.
 
     What the user did not set, thresholds and input settings, comes from the first checkpoint.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        A checkpoint is missing or broken, or two of them want to see images differently.
     """
     checkpoints = [load_checkpoint(path) for path in paths]
-    config = config.inherit(checkpoints[0]["config"])
+    configs = [config.inherit(checkpoint["config"], CHECKPOINT_KEYS) for checkpoint in checkpoints]
+    config = configs[0]
+    for path, other in zip(paths, configs, strict=True):
+        if other.pre.policy != config.pre.policy:
+            raise ValueError(
+                f"{path} reads images by {other.pre.policy}, {paths[0]} by {config.pre.policy}: no ensemble"
+            )
     device = pick_device(config.train.device)
     networks = [place(load_model(c), device) for c in checkpoints]
     return Segmenter(networks, config, device, pick_precision(config.train.precision, device))
@@ -151,7 +165,7 @@ def _average_views(
     for turns, mirrored in views:
         view = torch.rot90(x.flip(-1) if mirrored else x, turns, (-2, -1))[None]
         with autocast(device, precision):
-            logits = network(view.contiguous(memory_format=torch.channels_last))
+            logits = network(view.contiguous(memory_format=memory_format(device)))
         for head, value in logits.items():
             probs = torch.rot90(torch.sigmoid(value[0, 0].float()), -turns, (-2, -1))
             probs = probs.flip(-1) if mirrored else probs

@@ -33,6 +33,8 @@ class Record:
     masks : path of a label map, tuple of paths of one mask a nucleus, or None where there is no ground truth
     source, major_category, sub_category : str
         From the CSV; empty where it has no row.
+    problem : str
+        Why it cannot be read, where that is known from the folder alone.
     patient : str
         Specimen; images that share it must stay on one side of a split. An image without one is its own.
     """
@@ -44,6 +46,7 @@ class Record:
     major_category: str = ""
     sub_category: str = ""
     patient: str = ""
+    problem: str = ""
 
 
 def find_records(path: str | Path) -> list[Record]:
@@ -63,7 +66,12 @@ def find_records(path: str | Path) -> list[Record]:
     FileNotFoundError
         `path` does not exist.
     ValueError
-        Two images share an id, a Kaggle folder has none or several, or there is no image at all.
+        Two images share an id, or there is no image at all.
+
+    Notes
+    -----
+    An image folder with no image or several, and an image without its label map, make a record with a `problem`:
+    whether one bad image stops the work is not decided here.
     """
     path = Path(path)
     if path.is_file():
@@ -170,7 +178,7 @@ def split_by_ids(records: Sequence[Record], path: str | Path) -> tuple[list[Reco
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"[dataset] valid_ids = {path}: no such file")
-    ids = set(Path(path).read_text(encoding="utf-8").split())
+    ids = {line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()} - {""}
     known = {record.id for record in records}
     if not ids & known:
         raise ValueError(f"[dataset] valid_ids = {path}: none of its {len(ids)} ids is among the {len(known)} images")
@@ -182,15 +190,20 @@ def split_by_ids(records: Sequence[Record], path: str | Path) -> tuple[list[Reco
 def load_split(data: Path, options: Dataset) -> tuple[list[Record], list[Record]]:
     """The training and validation records of a data folder, as the settings have it.
 
-    ``data/train`` and ``data/valid`` where both are there; else ``data/train`` (or `data` itself, where it has no
-    such folder) split by ``valid_ids``, else by ``cv_ratio`` and ``cv_seed``.
+    ``data/train`` (or `data` itself, where it has no such folder) split by ``valid_ids`` where that is set; else
+    ``data/train`` and ``data/valid`` where both are there; else split by ``cv_ratio`` and ``cv_seed``.
     """
     folder = data / "train" if (data / "train").is_dir() else data
     records = load_records(folder, data, options)
+    if options.valid_ids is None and (data / "valid").is_dir():
+        return records, load_records(data / "valid", data, options)
+    return divide_records(records, options)
+
+
+def divide_records(records: Sequence[Record], options: Dataset) -> tuple[list[Record], list[Record]]:
+    """Training and validation records by the settings: by ``valid_ids`` where it is set, else by ``cv_ratio``."""
     if options.valid_ids is not None:
         return split_by_ids(records, options.valid_ids)
-    if (data / "valid").is_dir():
-        return records, load_records(data / "valid", data, options)
     return split_records(records, options.cv_ratio, options.cv_seed, options.cv_group)
 
 
@@ -222,6 +235,11 @@ def count_by(records: Iterable[Record], key: Callable[[Record], str] = lambda r:
     return dict(sorted(Counter(key(record) for record in records).items()))
 
 
+def format_counts(records: Iterable[Record]) -> str:
+    """How many records there are of each kind, to print."""
+    return ", ".join(f"{name or 'uncategorised'} {n}" for name, n in count_by(records).items())
+
+
 def _group_key(record: Record, by: str) -> str:
     return f"patient {record.patient}" if by == "patient" and record.patient else f"image {record.id}"
 
@@ -240,7 +258,8 @@ def _files(path: Path) -> list[Path]:
 def _kaggle_record(folder: Path) -> Record:
     images = _files(folder / "images")
     if len(images) != 1:
-        raise ValueError(f"{folder / 'images'}: {len(images)} images, wanted one")
+        problem = f"{folder / 'images'}: {len(images)} images, wanted one"
+        return Record(folder.resolve().name, folder / "images", problem=problem)
     masks = tuple(_files(folder / "masks")) if (folder / "masks").is_dir() else None
     return Record(folder.resolve().name, images[0], masks)
 
@@ -252,11 +271,14 @@ def _label_map_layout(path: Path) -> list[Record]:
         if not (path / name).is_dir():
             continue
         maps = {file.stem: file for file in _files(path / name)}
-        if images and all(image.stem in maps for image in images):
-            return [Record(image.stem, image, maps[image.stem]) for image in images]
-        if len(images) > 1:
-            lost = next(image for image in images if image.stem not in maps)
-            raise ValueError(f"{lost}: no label map of that name in {path / name}")
+        if any(image.stem in maps for image in images) or len(images) > 1:
+            lost = f"no label map of that name in {path / name}"
+            return [
+                Record(
+                    image.stem, image, maps.get(image.stem), problem="" if image.stem in maps else f"{image}: {lost}"
+                )
+                for image in images
+            ]
     if len(images) > 1:
         return [Record(image.stem, image) for image in images]
     return []

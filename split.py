@@ -21,7 +21,7 @@ from pathlib import Path
 from config import Config
 from files import replacing
 from helper import make_parser, run_script
-from record import Record, count_by, load_records, split_by_ids, split_records
+from record import Record, divide_records, format_counts, load_records
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -29,22 +29,22 @@ def run(config: Config, args: argparse.Namespace) -> int:
     for folder in sides.values():
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty; delete it first (hard links: the originals stay)")
-    options = config.dataset
-    records = load_records(args.folder, args.data, options)
-    if options.valid_ids is not None:
-        train, valid = split_by_ids(records, options.valid_ids)
-    else:
-        train, valid = split_records(records, options.cv_ratio, options.cv_seed, options.cv_group)
+    records = load_records(args.folder, args.data, config.dataset)
+    broken = [record.problem for record in records if record.problem]
+    if broken and config.dataset.on_bad == "refuse":
+        raise ValueError(f"{broken[0]}; [dataset] on_bad = skip leaves such images out")
+    train, valid = divide_records([record for record in records if not record.problem], config.dataset)
     copied = 0
     for folder, members in zip(sides.values(), (train, valid), strict=True):
         if members:
             with replacing(folder) as stage:
                 copied += sum(link_record(record, args.folder, stage) for record in members)
-        kinds = ", ".join(f"{name or 'uncategorised'} {n}" for name, n in count_by(members).items())
-        print(f"{folder}: {len(members)} images" + (f" ({kinds})" if kinds else ""))
+        print(f"{folder}: {len(members)} images ({format_counts(members)})" if members else f"{folder}: none")
     if copied:
         print(f"{copied} files were copied: {args.folder} and {args.data} do not share a drive that can link")
-    return 0
+    for problem in broken:
+        print(f"skipped: {problem}", file=sys.stderr)
+    return 3 if broken else 0
 
 
 def link_record(record: Record, source: Path, target: Path) -> int:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from config import pick
 from files import replacing
+from labels import depth
 
 Map = NDArray[np.floating]
 Paint = Callable[[np.random.Generator, NDArray[np.int32], Map], Map]
@@ -271,11 +272,11 @@ def _take(taken: NDArray[np.uint8], window: tuple[slice, slice], mask: NDArray[n
 
 def _paint_fluorescence(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
     """Glowing nuclei, dim to bright, seen through a lens that blurs and a camera that counts photons."""
-    depth = _depth(labels)
+    deep = depth(labels)
     bright = np.clip(np.exp(rng.normal(-0.6, 0.45, labels.max() + 1)), 0.12, 1.3).astype(np.float32)
     grain = 0.16 * _noise(rng, labels.shape, 2.2) + 0.12 * _noise(rng, labels.shape, 5)
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.2, 0, 1)
-    dome = 1 - 0.45 * np.exp(-depth / 2.5)
+    dome = 1 - 0.45 * np.exp(-deep / 2.5)
     light = np.where(labels > 0, bright[labels] * dome * np.maximum(1 + grain - 0.5 * nucleoli, 0.2), 0)
     haze = cv2.GaussianBlur(light, (0, 0), 14) * rng.uniform(0.05, 0.25)
     light = cv2.GaussianBlur(light, (0, 0), rng.uniform(0.7, 1.3)) + haze
@@ -346,9 +347,9 @@ def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32]) -> Map:
     strength = np.clip(rng.normal(1, 0.16, n), 0.6, 1.5).astype(np.float32)[labels]
     clumps = 0.7 * _noise(rng, labels.shape, 2.5) + 0.5 * _noise(rng, labels.shape, 5)
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.3, 0, 1)
-    rim = np.exp(-((_depth(labels) - 1) ** 2) / 2.5)
+    rim = np.exp(-((depth(labels) - 1) ** 2) / 2.5)
     inside = 1.15 - 0.55 * open_ + (0.08 + 0.22 * open_) * clumps + 0.4 * open_ * rim + 0.8 * open_ * nucleoli
-    edge = np.where(_depth(labels) <= 1, 0.8, 1.0)  # seen slantwise, so that touching nuclei show a seam
+    edge = np.where(depth(labels) <= 1, 0.8, 1.0)  # seen slantwise, so that touching nuclei show a seam
     return np.where(labels > 0, strength * np.maximum(inside, 0.15) * edge, 0).astype(np.float32)
 
 
@@ -358,17 +359,6 @@ def _cells(rng: np.random.Generator, labels: NDArray[np.int32], reach: float) ->
     far = _distance(labels == 0) + reach * ragged
     inside = _smoothstep(-far, -reach - 1, -reach + 1)
     return inside * (0.8 + 0.2 * np.exp(-(((far - reach) / 2) ** 2)))
-
-
-def _depth(labels: NDArray[np.int32]) -> Map:
-    """Pixels to the end of one's own nucleus, even where it touches another: >= 1 inside, 0 outside."""
-    inner = labels > 0
-    for axis in (0, 1):
-        same = np.diff(labels, axis=axis) == 0
-        before, after = [(0, 0), (0, 0)], [(0, 0), (0, 0)]
-        before[axis], after[axis] = (1, 0), (0, 1)
-        inner &= np.pad(same, before, constant_values=True) & np.pad(same, after, constant_values=True)
-    return np.where(labels > 0, 1 + _distance(inner), 0).astype(np.float32)
 
 
 def _distance(mask: NDArray[np.bool_]) -> Map:

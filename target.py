@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config import Contour, Pre, pick
+from labels import boundaries, depth
 
 #: Share of its greatest depth from which a pixel belongs to the core of its nucleus.
 MARKER_DEPTH = 0.4
@@ -23,7 +24,6 @@ BORDER_WEIGHT, BORDER_SIGMA, CENTROID_WEIGHT = 4.0, 3.0, 1.0
 FAR = np.float32(1e4)
 
 _RING = np.ones((3, 3), np.uint8)
-_CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 
 BoolMap = NDArray[np.bool_]
 FloatMap = NDArray[np.float32]
@@ -43,21 +43,14 @@ class Geometry:
         self.inside: BoolMap = labels > 0
 
     @cached_property
-    def _float(self) -> FloatMap:
-        return self.labels.astype(np.float32)  # exact below 2**24, and OpenCV has no morphology of int32
-
-    @cached_property
-    def inner_edge(self) -> BoolMap:
-        """Nucleus pixels with a 4-neighbour of another label; the image border is no edge."""
-        lowest, highest = cv2.erode(self._float, _CROSS), cv2.dilate(self._float, _CROSS)
-        return (lowest != highest) & self.inside
+    def as_float(self) -> FloatMap:
+        """The labels as OpenCV's morphology wants them; exact below 2**24."""
+        return self.labels.astype(np.float32)
 
     @cached_property
     def depth(self) -> FloatMap:
-        """Distance (px) to the nearest pixel that is not of the same nucleus; 0 in the background, at least 1
-        inside."""
-        core = (self.inside & ~self.inner_edge).astype(np.uint8)
-        return (cv2.distanceTransform(core, cv2.DIST_L2, cv2.DIST_MASK_5) + 1) * self.inside
+        """See `labels.depth`."""
+        return depth(self.labels)
 
     @cached_property
     def greatest_depth(self) -> FloatMap:
@@ -72,7 +65,7 @@ class Geometry:
         if not self.inside.any():
             return np.full(self.labels.shape, FAR, np.float32)
         outside = cv2.distanceTransform((~self.inside).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_5)
-        return np.where(self.inside, np.minimum(self.depth, FAR), outside)
+        return np.where(self.inside, self.depth, outside)
 
     @cached_property
     def relative_radius(self) -> FloatMap:
@@ -93,19 +86,19 @@ def _semantic(geometry: Geometry) -> BoolMap:
 
 def _soft_semantic(geometry: Geometry) -> FloatMap:
     """The nuclei, with their outermost ring less than certain."""
-    return np.where(geometry.inner_edge, np.float32(SOFT_EDGE), geometry.inside.astype(np.float32))
+    return np.where(boundaries(geometry.labels), np.float32(SOFT_EDGE), geometry.inside.astype(np.float32))
 
 
 def _contour(geometry: Geometry) -> BoolMap:
     """Pixels whose 3 x 3 neighbourhood holds two labels: one pixel on each side of every border."""
-    return cv2.erode(geometry._float, _RING) != cv2.dilate(geometry._float, _RING)
+    return cv2.erode(geometry.as_float, _RING) != cv2.dilate(geometry.as_float, _RING)
 
 
 def _adjacent_boundary(geometry: Geometry) -> BoolMap:
     """Pixels with two different nuclei within `ADJACENT_REACH`: only the borders where nuclei meet."""
     window = np.ones((2 * ADJACENT_REACH + 1,) * 2, np.uint8)
-    highest = cv2.dilate(geometry._float, window)
-    lowest = cv2.erode(np.where(geometry.inside, geometry._float, np.float32(2**24)), window)
+    highest = cv2.dilate(geometry.as_float, window)
+    lowest = cv2.erode(np.where(geometry.inside, geometry.as_float, np.float32(2**24)), window)
     return (lowest != highest) & (highest > 0)
 
 

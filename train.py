@@ -23,7 +23,7 @@ import torch
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from config import Config
+from config import CHECKPOINT_KEYS, Config
 from dataset import build_loader, open_cache
 from helper import (
     load_checkpoint,
@@ -34,21 +34,24 @@ from helper import (
     read_current,
     run_script,
     set_aside,
-)  # fmt: skip
+)
 from image import Cache, ImageError
+from metric import pixel_iou
 from model import Network, build_model, model_options, place
 from predict import Segmenter
-from record import Record, count_by, load_split
+from record import Record, format_counts, load_split
 from score import score_image, summarize
-from trainer import Span, Trainer, plan_span
+from target import make_targets, plan_targets
+from trainer import Trainer, plan_span
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
     prepare_process()
-    torch.manual_seed(config.train.seed)
+    state = _resume_state(args)
+    config, changed = _inherit(config, args, state)
     device = pick_device(config.train.device)
-    precision = pick_precision(config.train.precision, device)
-    state = _resume_state(config, args)
+    precision = _pick_precision(config, device, state)
+    torch.manual_seed(config.train.seed)
     model = place(build_model(config.param.model, **model_options(config)), device)
 
     cache = open_cache(config, args.data)
@@ -57,20 +60,19 @@ def run(config: Config, args: argparse.Namespace) -> int:
     loader = build_loader(train, cache, config, model.heads)
     evaluate = _make_evaluate(valid, cache, config, device, precision) if valid else None
     trainer = Trainer(model, loader, config, args.checkpoint_dir, device, precision, evaluate)
+    _rehearse(trainer)
 
-    saved: Span | None = None
     if state is not None:
         trainer.restore(state)
-        saved = trainer.span
     elif args.init:
         _initialize(model, trainer.average, args.init)
-    trainer.span = plan_span(trainer.epoch, saved, args.epoch, args.minutes, config.train)
+    saved = None if state is None else trainer.span
+    trainer.span = plan_span(trainer.epoch, saved, args.epoch, args.minutes, config.train, changed)
     if trainer.span.done(trainer.epoch):
         print(f"Trained to epoch {trainer.epoch} already; --epoch N or --minutes M trains on, --no-resume starts anew")
         return 0
 
-    kinds = ", ".join(f"{name or 'uncategorised'} {n}" for name, n in count_by(train).items())
-    print(f"{len(train)} training images ({kinds}), {len(valid)} for validation")
+    print(f"{len(train)} training images ({format_counts(train)}), {len(valid)} for validation")
     print(f"{config.param.model} on {device} in {str(precision).removeprefix('torch.')}")
     if state is None:
         previous = set_aside(args.checkpoint_dir)
@@ -84,19 +86,38 @@ def run(config: Config, args: argparse.Namespace) -> int:
     return 3 if n_bad else 0
 
 
-def _resume_state(config: Config, args: argparse.Namespace) -> dict | None:
-    current = read_current(args.checkpoint_dir)
-    if current is None or not args.resume or args.init:
+def _resume_state(args: argparse.Namespace) -> dict | None:
+    current = read_current(args.checkpoint_dir) if args.resume and not args.init else None
+    if current is None:
         return None
     print(f"Loading checkpoint '{current}'")
-    state = load_checkpoint(current)
+    return load_checkpoint(current)
+
+
+def _inherit(config: Config, args: argparse.Namespace, state: dict | None) -> tuple[Config, bool]:
+    """The settings to train with, and whether the user changed the length of a training that is resumed.
+
+    A resumed training goes on with all settings it began with, the split among them, save those the user sets now;
+    fine-tuning takes over how the network wants to see images.
+    """
+    if state is None:
+        return (config.inherit(load_checkpoint(args.init)["config"], CHECKPOINT_KEYS) if args.init else config), False
+    config = config.inherit(state["config"])
     wanted = (config.param.model, model_options(config))
     if (state["model"], state["options"]) != wanted:
         raise ValueError(
-            f"{current} holds a {state['model']} {state['options']}, the settings ask for a {wanted[0]} {wanted[1]}; "
-            "start anew with --no-resume, or train in another --checkpoint-dir"
+            f"{args.checkpoint_dir} holds a {state['model']} {state['options']}, the settings ask for a {wanted[0]} "
+            f"{wanted[1]}; start anew with --no-resume, or train in another --checkpoint-dir"
         )
-    return state
+    before = state["config"]["train"]
+    return config, (before["n_epoch"], before["minutes"]) != (config.train.n_epoch, config.train.minutes)
+
+
+def _pick_precision(config: Config, device: torch.device, state: dict | None) -> torch.dtype:
+    """As `pick_precision`, but a run that is resumed on such a device keeps the one it found."""
+    if state is not None and config.train.precision == "auto" and state["device"] == device.type:
+        return getattr(torch, state["precision"])
+    return pick_precision(config.train.precision, device)
 
 
 def _read_all(
@@ -104,14 +125,15 @@ def _read_all(
 ) -> tuple[list[Record], list[Record], int]:
     """Decode every image once, so that a bad one is known before training starts, and sits in the cache after."""
 
-    def problem(record: Record) -> str | None:
+    def problem(record: Record) -> str:
+        if record.problem or record.masks is None:
+            return record.problem or f"{record.image}: has no masks"
         try:
-            if record.masks is not None:
-                cache.labels(record.image, record.masks)
+            cache.labels(record.image, record.masks)
             cache.image(record.image)
-            return None if record.masks is not None else f"{record.image}: has no masks"
         except ImageError as error:
             return str(error)
+        return ""
 
     records = [*train, *valid]
     with ThreadPoolExecutor(max(config.train.n_worker, 1)) as pool:
@@ -129,20 +151,34 @@ def _read_all(
 
 
 def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: torch.device, precision: torch.dtype):
-    """network -> competition score and pixel IoU on the validation images, one view an image."""
+    """network -> competition score, and pixel IoU of each head, on the validation images, one view an image."""
     once = config.model_copy(update={"valid": config.valid.model_copy(update={"test_time_augment": ()})})
 
     def evaluate(model: Network) -> dict[str, float]:
         segmenter = Segmenter([model], once, device, precision)
-        scores = []
+        plan = plan_targets(model.heads, config.pre, config.contour)
+        scores, ious = [], []
         for record in tqdm(records, "validating", leave=False, disable=None):
             assert record.masks is not None
-            labels = segmenter(np.asarray(cache.image(record.image)))
-            scores.append(score_image(record, np.asarray(cache.labels(record.image, record.masks)), labels))
+            truth = np.asarray(cache.labels(record.image, record.masks))
+            probs = segmenter.probs(np.asarray(cache.image(record.image)))
+            targets = make_targets(truth, {head: plan[head] for head in probs})
+            ious.append([pixel_iou(targets[head][0] > 0.5, probs[head] > config.thresholds[head]) for head in probs])
+            scores.append(score_image(record, truth, segmenter.separate(probs)))
         row = summarize(scores)["all"]
-        return {"score": row["score"], "ap50": row["ap50"], "iou": row["iou"]}
+        each = {f"iou/{head}": float(iou) for head, iou in zip(probs, np.mean(ious, axis=0), strict=True)}
+        # Where the contour alone is trained there are no nuclei to find.
+        best = each["iou/contour"] if config.contour.exclusive else row["score"]
+        return {"score": best, "ap50": row["ap50"], **each}
 
     return evaluate
+
+
+def _rehearse(trainer: Trainer) -> None:
+    """Make one sample and separate one blank image, so that a wrong name in the settings is known before anything
+    else."""
+    trainer.loader.dataset.item(0, 0)
+    Segmenter([trainer.average], trainer.config, trainer.device, torch.float32)(np.zeros((32, 32, 3), np.uint8))
 
 
 def _initialize(model: Network, average: Network, path: Path) -> None:

@@ -22,7 +22,7 @@ from config import Config, Train, pick
 from dataset import Batch, Loader
 from helper import Meter, autocast, save_checkpoint, write_current
 from loss import Criterion
-from model import Network
+from model import Network, memory_format
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,9 @@ class Span:
         return self.elapsed >= 60 * self.minutes if self.minutes else epoch >= self.target
 
 
-def plan_span(epoch: int, saved: Span | None, n_epoch: int | None, minutes: float | None, config: Train) -> Span:
+def plan_span(
+    epoch: int, saved: Span | None, n_epoch: int | None, minutes: float | None, train: Train, changed: bool = False
+) -> Span:
     """What to train now.
 
     Parameters
@@ -67,23 +69,35 @@ def plan_span(epoch: int, saved: Span | None, n_epoch: int | None, minutes: floa
         The stretch of the checkpoint.
     n_epoch, minutes : optional
         What the user asked for on the command line.
+    changed : bool
+        The user has set another length in `train` than the checkpoint was trained for.
+
+    Raises
+    ------
+    ValueError
+        Less than nothing is asked for.
 
     Notes
     -----
-    A stretch that was cut off is finished, when nothing is asked for or the same is asked for again; else what is
-    asked for is counted from here. So a command that is simply repeated after a crash ends where it would have
-    ended.
+    The stretch of the checkpoint goes on to its end when nothing else is asked for, or the same again; so a command
+    that is simply repeated after a crash ends where it would have ended. Else what is asked for counts from here.
     """
+    for name, value in (("--epoch", n_epoch), ("--minutes", minutes)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} {value}: wanted more than 0")
     asked = minutes is not None or n_epoch is not None
-    if saved is not None and not saved.done(epoch):
-        same = saved.minutes == minutes if minutes is not None else saved.target - saved.start == n_epoch
-        if not asked or same:
+    if saved is not None and not asked and not changed:
+        return saved
+    if saved is not None and asked and not saved.done(epoch):
+        if minutes is not None and saved.minutes == minutes:
             return saved
-    if minutes is not None:
-        return Span(epoch, 0, minutes)
-    if not asked and config.minutes:
-        return saved if saved is not None and saved.minutes == config.minutes else Span(epoch, 0, config.minutes)
-    return Span(epoch, epoch + n_epoch if n_epoch is not None else max(config.n_epoch, epoch))
+        if minutes is None and not saved.minutes and saved.target - saved.start == n_epoch:
+            return saved
+    if n_epoch is not None:
+        return Span(epoch, epoch + n_epoch)
+    if minutes is not None or train.minutes:
+        return Span(epoch, 0, minutes or train.minutes)
+    return Span(epoch, max(train.n_epoch, epoch))
 
 
 def _constant(progress: float, epoch: int, train: Train) -> float:
@@ -176,6 +190,8 @@ class Trainer:
             "best": self.best,
             "scores": self.scores,
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "device": self.device.type,
+            "precision": str(self.precision).removeprefix("torch."),
             "config": self.config.to_dict(),
         }
 
@@ -183,8 +199,12 @@ class Trainer:
         """Take up where `state` was saved."""
         self.model.load_state_dict(state["weights"])
         self.average.load_state_dict(state["average"])
+        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, fresh in zip(self.optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = fresh  # the settings may have changed it
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.span = Span(**state["span"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.scores = dict(state["scores"])
@@ -206,10 +226,11 @@ class Trainer:
         """Train to the end of the span, with a checkpoint after every epoch."""
         while not self.span.done(self.epoch):
             self._train_epoch(log)
+            self.save()
             last = self.span.done(self.epoch)
             if self.evaluate is not None and (last or self.epoch % self.config.train.n_cv_epoch == 0):
                 self._validate(log)
-            self.save()
+                self.save()
 
     def _train_epoch(self, log: SummaryWriter) -> None:
         """One epoch, or what the clock leaves of it."""
@@ -241,8 +262,8 @@ class Trainer:
         log.add_scalar("train/learn_rate", self.optimizer.param_groups[0]["lr"], self.epoch)
 
     def _train_step(self, batch: Batch, meters: Meters) -> None:
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
-        image = batch.pop("image").contiguous(memory_format=torch.channels_last)
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        image = batch.pop("image").contiguous(memory_format=memory_format(self.device))
         with autocast(self.device, self.precision):
             logits = self.model(image)
         losses = self.criterion(logits, batch)

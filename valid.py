@@ -66,7 +66,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     paths = args.checkpoint or [find_checkpoint(args.checkpoint_dir)]
     segmenter = load_segmenter(paths, config)
     print(f"Using {', '.join(str(path) for path in paths)} on {segmenter.device}")
-    records = choose_records(args, config.inherit(load_checkpoint(paths[0])["config"], SPLIT_KEYS))
+    records = choose_records(args, config, load_checkpoint(paths[0])["config"])
     if args.iou and all(record.masks is None for record in records):
         raise ValueError("--iou: none of the images has masks to be scored against")
 
@@ -87,8 +87,9 @@ def run(config: Config, args: argparse.Namespace) -> int:
     return 3 if tally.refused else 0
 
 
-def choose_records(args: argparse.Namespace, config: Config) -> list[Record]:
-    """The images the command line asks for."""
+def choose_records(args: argparse.Namespace, config: Config, saved: dict) -> list[Record]:
+    """The images the command line asks for; those of the split that a checkpoint with the settings `saved` was
+    trained on."""
     if args.input is not None:
         return find_records(args.input)
     folder = args.data / args.dataset
@@ -96,6 +97,7 @@ def choose_records(args: argparse.Namespace, config: Config) -> list[Record]:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; name images by --input, or a split by --dataset valid")
         return load_records(folder, args.data, config.dataset)
+    config = config.inherit(saved, SPLIT_KEYS)
     if args.dataset == "valid" and folder.is_dir() and config.dataset.valid_ids is None:
         return load_records(folder, args.data, config.dataset)  # data/train need not be there
     train, valid = load_split(args.data, config.dataset)
@@ -109,6 +111,8 @@ def predict_all(records: Sequence[Record], segmenter: Segmenter, tally: Tally) -
     """Predict image by image; one that cannot be used is named and passed over."""
     for record in tqdm(records, "predicting", disable=None):
         try:
+            if record.problem:
+                raise ImageError(record.problem)
             image = read_image(record.image, *segmenter.config.pre.policy)
             truth = read_labels(record.masks, image.shape[:2]) if record.masks is not None else None
         except ImageError as error:
@@ -171,8 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="write side-by-side figures")
     parser.add_argument("--csv", action="store_true", help="write result.csv, run-length coded")
     parser.add_argument("--iou", action="store_true", help="score against the masks, write iou.csv")
-    parser.add_argument("--mask", action="store_true", help="write one PNG a nucleus")
-    parser.add_argument("--label", action="store_true", help="write one label map (TIFF) an image")
+    for name, write in WRITERS.items():
+        parser.add_argument(
+            f"--{name}", action="store_true", help=f"write {str(write.__doc__).splitlines()[0].rstrip('.')}"
+        )
     return run_script(run, parser, argv)
 
 

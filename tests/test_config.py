@@ -6,11 +6,12 @@ import argparse
 import configparser
 import json
 import logging
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from config import DEFAULT_FILE, SECTIONS, Config, add_arguments, load_config, pick
+from config import CHECKPOINT_KEYS, DEFAULT_FILE, SECTIONS, Config, add_arguments, load_config, pick
 
 #: Settings of old files, with a value other than the default and what becomes of it.
 OLD_KEYS = {
@@ -346,13 +347,24 @@ def test_user_beats_checkpoint_beats_default(load):
     saved = load(
         "[param]\nthreshold = 0.7\nthreshold_edge = 0.6\n[train]\nn_epoch = 3\n[pre]\nstretch = no\n"
     ).to_dict()
-    config = load("[param]\nthreshold = 0.2\n").inherit(saved)
+    config = load("[param]\nthreshold = 0.2\n").inherit(saved, CHECKPOINT_KEYS)
     assert config.param.threshold == 0.2
     assert config.param.threshold_edge == 0.6
     assert config.pre.stretch is False
     assert config.param.threshold_mark == Config().param.threshold_mark
     assert config.train.n_epoch == Config().train.n_epoch  # no fact of the network
     assert config.user_set == {"param.threshold"}
+
+
+def test_without_keys_all_is_inherited(load):
+    saved = load(
+        "[train]\nn_epoch = 3\n[dataset]\nvalid_ids = ids.txt\n[unet]\nwidth = 64\n[param]\nmodel = unet\n"
+    ).to_dict()
+    config = load("[param]\nthreshold = 0.2\n").inherit(saved)
+    assert config.train.n_epoch == 3 and config.dataset.valid_ids == Path("ids.txt")
+    assert config.param.threshold == 0.2
+    assert config.width == 64
+    assert load("[DEFAULT]\nwidth = 128\n").inherit(saved).width == 128
 
 
 def test_a_user_who_chose_the_default_is_heard(load):

@@ -185,7 +185,13 @@ def test_a_batch_is_items_stacked_and_the_last_is_kept(folder, records, n_worker
     order = dataset.order(1)
     for place, index in enumerate(order):
         batch = {key: value[place % 3].numpy() for key, value in batches[place // 3].items()}
-        assert equal(batch, dataset.item(index, 1))
+        assert equal(batch, dataset.item(index, 1, place))
+
+
+def test_copies_of_an_image_differ(folder, records):
+    dataset = build(folder, records)
+    assert not equal(dataset.item(0, 1, 2), dataset.item(0, 1, 3))
+    assert equal(dataset.item(0, 1, 2), dataset.item(0, 1, 2))
 
 
 def test_the_loader_follows_the_settings(folder, records):
@@ -206,7 +212,7 @@ class Stub:
     def order(self, epoch: int) -> list[int]:
         return list(range(self.n))
 
-    def item(self, index: int, epoch: int) -> dict[str, np.ndarray]:
+    def item(self, index: int, epoch: int, position: int) -> dict[str, np.ndarray]:
         self.asked += 1
         if index == self.bad:
             raise ImageError(f"{index}.png: empty file")

@@ -170,17 +170,19 @@ def test_a_broken_note_is_named(tmp_path, text):
 
 def test_an_earlier_run_is_set_aside(tmp_path):
     assert set_aside(tmp_path) is None
-    for run in ("first", "second"):
+    for run, place in (("first", "previous"), ("second", "previous-2")):
         for name in ("latest.pkl", "best.pkl", "current.json"):
             (tmp_path / name).write_text(run)
         (tmp_path / "log").mkdir()
         (tmp_path / "log" / run).touch()
         (tmp_path / "notes.txt").touch()
-        assert set_aside(tmp_path) == tmp_path / "previous"
-        assert names(tmp_path) == ["notes.txt", "previous"]
-        assert names(tmp_path / "previous") == ["best.pkl", "current.json", "latest.pkl", "log"]
-        assert (tmp_path / "previous" / "latest.pkl").read_text() == run
-        assert names(tmp_path / "previous" / "log") == [run]
+        assert set_aside(tmp_path) == tmp_path / place
+        assert names(tmp_path / place) == ["best.pkl", "current.json", "latest.pkl", "log"]
+        assert (tmp_path / place / "latest.pkl").read_text() == run
+        assert names(tmp_path / place / "log") == [run]
+    assert names(tmp_path) == ["notes.txt", "previous", "previous-2"]
+    (tmp_path / "log").mkdir()
+    assert set_aside(tmp_path) is None and (tmp_path / "log").is_dir()  # without a checkpoint nothing is at stake
 
 
 # Scripts

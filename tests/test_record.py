@@ -97,9 +97,6 @@ def test_a_folder_images_without_ground_truth(tmp_path):
         (["readme.txt"], ["no image"]),
         (["a.png", "a.tif"], ["2 images", "'a'"]),
         (["a.png", "a/images/x.png"], ["2 images", "'a'"]),
-        (["a/images/x.png", "a/images/y.png"], ["images", "2 images", "wanted one"]),
-        (["a/images/x.txt"], ["images", "0 images", "wanted one"]),
-        (["images/a.png", "images/b.png", "masks/a.png"], ["b.png", "no label map", "masks"]),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, files, facts):
@@ -107,6 +104,22 @@ def test_what_cannot_be_read_is_named(tmp_path, files, facts):
     with pytest.raises(ValueError) as caught:
         find_records(tmp_path)
     assert [fact for fact in facts if fact not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("files", "bad", "facts"),
+    [
+        (["a/images/x.png", "a/images/y.png", "b/images/x.png"], "a", ["images", "2 images", "wanted one"]),
+        (["a/images/x.txt", "b/images/x.png"], "a", ["images", "0 images", "wanted one"]),
+        (["images/a.png", "images/b.png", "masks/a.png"], "b", ["b.png", "no label map", "masks"]),
+    ],
+)
+def test_one_bad_image_leaves_the_others(tmp_path, files, bad, facts):
+    touch(tmp_path, *files)
+    problems = {record.id: record.problem for record in find_records(tmp_path)}
+    assert problems.keys() == {"a", "b"}
+    assert [fact for fact in facts if fact not in problems[bad]] == []
+    assert not problems[next(iter(problems.keys() - {bad}))]
 
 
 def test_a_missing_folder_is_named(tmp_path):

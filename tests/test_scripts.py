@@ -82,8 +82,9 @@ def test_train_prints_the_progress_line(data, tmp_path, capsys):
 def test_a_trained_run_says_so(data, trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "c")
     command = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "c"), *SMALL]
-    assert train.main([*command, "--set", "train.n_epoch=2"]) == 0
-    assert "already" in capsys.readouterr().out
+    for options in ([], ["--set", "train.n_epoch=2"]):
+        assert train.main([*command, *options]) == 0
+        assert "already" in capsys.readouterr().out
     assert train.main([*command, "--epoch", "1"]) == 0
     assert load_checkpoint(tmp_path / "c" / "latest.pkl")["epoch"] == 3
 
@@ -109,6 +110,15 @@ def test_fine_tuning_another_network_takes_what_fits(data, trained, tmp_path, ca
     command = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "c"), "--epoch", "1", *SMALL]
     assert train.main([*command, "--set", "param.model=caunet", "--init", str(trained / "latest.pkl")]) == 0
     assert "outputs.contour" in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_the_settings_it_began_with(data, tmp_path):
+    command = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "c")]
+    assert train.main([*command, *SMALL, "--epoch", "1", "--set", "pre.stretch=False"]) == 0
+    assert train.main([*command, "--epoch", "1", "--set", "train.weight_decay=0.5"]) == 0
+    state = load_checkpoint(tmp_path / "c" / "latest.pkl")
+    assert (state["epoch"], state["model"], state["config"]["pre"]["stretch"]) == (2, "unet", False)
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
 def test_another_network_does_not_resume(data, trained, tmp_path, capsys):
@@ -168,6 +178,11 @@ def _empty(folder: Path) -> None:
         (None, ["--set", "train.n_epok=3"], "did you mean 'n_epoch'"),
         (None, ["--set", "param.model=camunett"], "did you mean 'camunet'"),
         (None, ["--set", "loss.semantic=bec"], "did you mean 'bce'"),
+        (None, ["--set", "param.weight=bordr"], "did you mean 'border'"),
+        (None, ["--set", "post.policy=wss"], "did you mean 'ws'"),
+        (None, ["--set", "post.marker=contour"], "no head 'contour'"),
+        (None, ["--set", "valid.test_time_augment=flip"], "did you mean 'flips'"),
+        (None, ["--epoch", "-2"], "wanted more than 0"),
         (None, ["--set", "train.schedule=cosin"], "did you mean 'cosine'"),
         (None, ["--set", "train.device=cuda:99"], "cuda:99"),
         (None, ["--config", "nowhere.ini"], "nowhere.ini: no such file"),

@@ -136,15 +136,33 @@ CLOCK, RUN_DOWN = Span(7, 0, 60.0, elapsed=600.0), Span(7, 0, 60.0, elapsed=3601
         (40, FINISHED, 40, None, {}, Span(40, 80)),
         (40, FINISHED, None, 60.0, {}, Span(40, 0, 60.0)),
         (40, RUN_DOWN, None, 60.0, {}, Span(40, 0, 60.0)),
-        (100, HALFWAY, None, None, {}, Span(100, 100)),
-        (120, FINISHED, None, None, {}, Span(120, 120)),
-        (40, FINISHED, None, None, {}, Span(40, 100)),  # the settings ask for more than was trained
+        (100, HALFWAY, None, None, {}, HALFWAY),
+        (40, FINISHED, None, None, {}, FINISHED),
         (40, RUN_DOWN, None, None, {"minutes": 60}, RUN_DOWN),
-        (40, RUN_DOWN, None, None, {"minutes": 90}, Span(40, 0, 90.0)),
     ],
 )
 def test_plan_of_what_to_train_now(epoch, saved, n_epoch, minutes, train, expected):
     assert plan_span(epoch, saved, n_epoch, minutes, Train(**train)) == expected
+
+
+@pytest.mark.parametrize(
+    ("epoch", "saved", "train", "expected"),
+    [
+        (40, HALFWAY, {"n_epoch": 50}, Span(40, 50)),
+        (40, HALFWAY, {"n_epoch": 20}, Span(40, 40)),
+        (40, FINISHED, {"n_epoch": 100}, Span(40, 100)),
+        (40, CLOCK, {"minutes": 90}, Span(40, 0, 90.0)),
+        (40, RUN_DOWN, {"n_epoch": 60}, Span(40, 60)),
+    ],
+)
+def test_a_length_set_anew_counts(epoch, saved, train, expected):
+    assert plan_span(epoch, saved, None, None, Train(**train), changed=True) == expected
+
+
+@pytest.mark.parametrize(("n_epoch", "minutes"), [(0, None), (-2, None), (None, -1.0), (None, 0.0)])
+def test_less_than_nothing_is_refused(n_epoch, minutes):
+    with pytest.raises(ValueError, match="wanted more than 0"):
+        plan_span(3, None, n_epoch, minutes, Train())
 
 
 def test_a_finished_span_is_done():
@@ -270,7 +288,10 @@ def test_validation_comes_every_so_often_and_at_the_end(folder, tmp_path):
 
 
 def test_training_lowers_the_loss(folder, tmp_path):
-    trainer, log = make(folder, tmp_path, settings(train={"n_batch": 4, "schedule": "constant"})), Log()
+    switches = "random_crop", "flip", "rotate", "elastic_distortion", "color_jitter", "gray", "color_space_shift"
+    still = dict.fromkeys((*switches, "channel_shuffle"), False)
+    config = settings(train={"n_batch": 4, "schedule": "constant"}, pre=still)
+    trainer, log = make(folder, tmp_path, config), Log()
     trainer.span = Span(0, 12)
     trainer.run(log)
     losses = [value for _, value in log.scalars["train/loss"]]
