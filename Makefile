@@ -12,7 +12,7 @@ DEMO = --data data/demo --checkpoint-dir checkpoint/demo
 
 demo: .venv/installed
 	$(BIN)/python prepare.py demo
-	$(BIN)/python train.py $(DEMO) --no-resume --minutes 1 --set DEFAULT.width=128 --set train.n_cv_epoch=100
+	$(BIN)/python train.py $(DEMO) --no-resume --minutes 1 --set DEFAULT.width=128 --set train.n_batch=4 --set train.n_cv_epoch=100
 	$(BIN)/python valid.py $(DEMO) --dataset valid --output data/demo/predict --csv --iou --save
 	$(BIN)/python valid.py $(DEMO) --dataset test --output data/demo/predict/test --csv --save
 
