@@ -7,6 +7,7 @@ python prepare.py demo --images 40 --seed 7
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -26,8 +27,9 @@ def demo(config: Config, args: argparse.Namespace) -> int:
         ("test", few, args.seed + 2, False),
     )
     for name, n, seed, masks in sides:
-        write_dataset(folder / name, n, seed, masks=masks)
-        print(f"{folder / name}: {n} images")
+        there = set(os.listdir(folder / name)) if (folder / name).is_dir() else set()
+        kept = len(there.intersection(write_dataset(folder / name, n, seed, masks=masks)))
+        print(f"{folder / name}: {n} images" + (f", {kept} of them there already and kept as they are" if kept else ""))
     return 0
 
 

@@ -3,7 +3,7 @@
     python train.py                                  resume, or start where there is nothing to resume
     python train.py --no-resume --epoch 200          start anew, for 200 epochs
     python train.py --minutes 60                     the schedule follows the clock
-    python train.py --init weights/default.pkl       fine-tune
+    python train.py --init other.pkl --lr 2e-4       fine-tune
     python train.py --set param.model=caunet --set dataset.valid_ids=valid_ids.txt
 
 Reads data/train (and data/valid, or splits by [dataset] cv_ratio or valid_ids); writes checkpoints and a
