@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -42,12 +43,15 @@ class Segmenter:
         In evaluation mode, on `device`.
     config : Config
         ``valid``, ``post`` and the thresholds are used.
+    saved : mapping
+        The settings that the first network was trained with, as `Config.to_dict` gives them; empty in training.
     """
 
     networks: Sequence[Network]
     config: Config
     device: torch.device
     precision: torch.dtype
+    saved: Mapping[str, Any] = field(default_factory=dict)
 
     def probs(self, image: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """head -> (H, W) float32 in [0, 1] of an (H, W, 3) uint8 image; see `predict_probs`."""
@@ -91,7 +95,8 @@ def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
             )
     device = pick_device(config.train.device)
     networks = [place(load_model(c), device) for c in checkpoints]
-    return Segmenter(networks, config, device, pick_precision(config.train.precision, device))
+    precision = pick_precision(config.train.precision, device)
+    return Segmenter(networks, config, device, precision, checkpoints[0]["config"])
 
 
 @torch.inference_mode()

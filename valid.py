@@ -15,10 +15,11 @@ import argparse
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from tqdm import tqdm
 import plot
 from annotation import WRITERS, write_csv
 from config import SPLIT_KEYS, Config
-from helper import find_checkpoint, load_checkpoint, make_parser, prepare_process, run_script
+from helper import find_checkpoint, make_parser, prepare_process, run_script
 from image import ImageError, read_image, read_labels
 from predict import Segmenter, load_segmenter
 from record import Record, find_records, load_records, load_split
@@ -66,7 +67,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     paths = args.checkpoint or [find_checkpoint(args.checkpoint_dir)]
     segmenter = load_segmenter(paths, config)
     print(f"Using {', '.join(str(path) for path in paths)} on {segmenter.device}")
-    records = choose_records(args, config, load_checkpoint(paths[0])["config"])
+    records = choose_records(args, config, segmenter.saved)
     if args.iou and all(record.masks is None for record in records):
         raise ValueError("--iou: none of the images has masks to be scored against")
 
@@ -87,7 +88,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     return 3 if tally.refused else 0
 
 
-def choose_records(args: argparse.Namespace, config: Config, saved: dict) -> list[Record]:
+def choose_records(args: argparse.Namespace, config: Config, saved: Mapping[str, Any]) -> list[Record]:
     """The images the command line asks for; those of the split that a checkpoint with the settings `saved` was
     trained on."""
     if args.input is not None:
