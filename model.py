@@ -1,30 +1,46 @@
-"""The networks and their table. A network is a row: which heads, one decoder a head or one for all, which options."""
+"""The networks and their table. A network is a row: which heads, one decoder a head or one for all, which encoder.
+
+python model.py                                     the footprint of every row
+python model.py camunet res_camunet                 of some
+python model.py camunet --graph docs/model.png      a picture of one
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from config import Config, pick
+from detector import MaskRCNN
 from encoder import ConvBlock, build_encoder
+from footprint import format_table, measure, trace_blocks
+from helper import make_parser, pick_device, prepare_process, run_script
+from mixedscale import MixedScaleTrunk
+from network import Network, make_output
+from plot import draw_network, save
 
 
 class Decoder(nn.Module):
     """From the deepest map of an encoder back to the finest.
 
-    Every step is a 2 x 2 transposed convolution to half the channels, concatenation with the encoder's map, and a
-    block to the width of that map.
+    Every step is a transposed convolution to half the channels (2 x 2 where the maps double in size), concatenation
+    with the encoder's map, and a block to the width of that map.
     """
 
-    def __init__(self, channels: Sequence[int], dilation: int = 1, **options) -> None:
+    def __init__(self, channels: Sequence[int], strides: Sequence[int], dilation: int = 1, **options) -> None:
         super().__init__()
-        deep = list(channels[:0:-1])
-        skip = list(channels[-2::-1])
-        self.up = nn.ModuleList(nn.ConvTranspose2d(n, n // 2, 2, stride=2) for n in deep)
+        deep, skip = channels[:0:-1], channels[-2::-1]
+        steps = [below // above for below, above in zip(strides[:0:-1], strides[-2::-1], strict=True)]
+        self.up = nn.ModuleList(nn.ConvTranspose2d(n, n // 2, k, stride=k) for n, k in zip(deep, steps, strict=True))
         self.blocks = nn.ModuleList(
             ConvBlock(n // 2 + s, s, dilation, **options) for n, s in zip(deep, skip, strict=True)
         )
@@ -36,31 +52,8 @@ class Decoder(nn.Module):
         return x
 
 
-class Network(nn.Module):
-    """What every network tells of itself, so that callers loop over its heads and never ask for its name.
-
-    Attributes
-    ----------
-    heads : tuple of str
-        Names of the maps that come out.
-    stride : int
-        Sides that are a multiple of it need no padding.
-    name, options
-        What `build_model` needs to build it again.
-    mean, std : (3, 1, 1) float32
-        Normalisation of RGB in [0, 1]; buffers, kept with the weights.
-    """
-
-    heads: tuple[str, ...]
-    stride: int
-    name: str
-    options: dict[str, Any]
-    mean: Tensor
-    std: Tensor
-
-
 class UNet(Network):
-    """An encoder, one decoder a head (or one for all), and a 1 x 1 convolution a head.
+    """An encoder, one decoder a head (or one for all), and an output layer a head.
 
     Ronneberger et al. 2015 (doi:10.1007/978-3-319-24574-4_28); the heads beside the semantic one follow Chen et al.
     2016 (DCAN, doi:10.1109/CVPR.2016.273).
@@ -72,10 +65,12 @@ class UNet(Network):
     shared : bool
         One decoder serves all heads.
     encoder : str
-        Row of `encoder.ENCODERS`.
-    mean, std : three floats
-        Normalisation of RGB in [0, 1]; kept with the weights.
-    options
+        See `encoder.build_encoder`.
+    frozen : bool
+        The encoder is not trained; see `Network.freeze`.
+    mean, std : three floats, optional
+        Normalisation of RGB in [0, 1]; what the encoder wants, where not given.
+    blocks
         Of the convolution blocks: dilation, order, activation, norm, dropout.
     """
 
@@ -84,19 +79,21 @@ class UNet(Network):
         heads: Sequence[str],
         shared: bool = False,
         encoder: str = "plain",
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.5, 0.5, 0.5),
-        **options: Any,
+        frozen: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **blocks: Any,
     ) -> None:
-        super().__init__()
-        self.heads = tuple(heads)
-        self.encoder = build_encoder(encoder, **options)
-        self.stride = self.encoder.strides[-1]
-        channels = self.encoder.channels
-        self.decoders = nn.ModuleList(Decoder(channels, **options) for _ in range(1 if shared else len(heads)))
-        self.outputs = nn.ModuleDict({head: nn.Conv2d(channels[0], 1, 1) for head in heads})
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        body = build_encoder(encoder, **blocks)
+        super().__init__(heads, body.strides[-1], mean or body.mean, std or body.std)
+        self.encoder = body
+        self.decoders = nn.ModuleList(
+            Decoder(body.channels, body.strides, **blocks) for _ in range(1 if shared else len(self.heads))
+        )
+        self.outputs = nn.ModuleDict(
+            {head: make_output(body.channels[0], head, body.strides[0]) for head in self.heads}
+        )
+        self.freeze(frozen)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Logits of each head.
@@ -109,67 +106,198 @@ class UNet(Network):
         Returns
         -------
         dict
-            head -> (B, 1, H, W) float logits.
+            head -> (B, C, H, W) float logits; C is 1 unless `network.HEAD_CHANNELS` says otherwise.
         """
         height, width = image.shape[-2:]
-        x = image / 255 if image.dtype == torch.uint8 else image
-        x = (x - self.mean) / self.std
-        x = F.pad(x, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
-        maps = self.encoder(x)
+        maps = self.encoder(self.pad(self.normalize(image)))
         features = [decoder(maps) for decoder in self.decoders] * (len(self.heads) // len(self.decoders))
         logits = {head: self.outputs[head](f) for head, f in zip(self.heads, features, strict=True)}
         return {head: value[..., :height, :width] for head, value in logits.items()}
 
 
+class DCAN(Network):
+    """Deep contour-aware network: each head adds up what it reads off the deepest maps of one encoder.
+
+    Chen et al. 2016 (doi:10.1109/CVPR.2016.273). Each map is brought to full size by a transposed convolution and
+    classified; the sum is the answer, and in training every summand is supervised too ("semantic@1" and so on, see
+    `loss.Criterion`). The maps lie at strides 4, 8, 16 rather than the paper's 8, 16, 32, for nuclei are smaller than
+    glands.
+
+    Parameters
+    ----------
+    levels : int
+        How many of the deepest maps are read.
+    features : int
+        Channels of each after the transposed convolution.
+    others
+        See `UNet`.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[str],
+        encoder: str = "plain",
+        frozen: bool = False,
+        levels: int = 3,
+        features: int = 8,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        **blocks: Any,
+    ) -> None:
+        body = build_encoder(encoder, **blocks)
+        super().__init__(heads, body.strides[-1], mean or body.mean, std or body.std)
+        self.encoder, self.levels = body, levels
+        maps = list(zip(body.channels, body.strides, strict=True))[-levels:]
+        self.readers = nn.ModuleDict(
+            {head: nn.ModuleList(_reader(n, stride, features, head) for n, stride in maps) for head in self.heads}
+        )
+        self.freeze(frozen)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """As `UNet.forward`; in training also the summands, "head@1" from the finest map on."""
+        height, width = image.shape[-2:]
+        maps = self.encoder(self.pad(self.normalize(image)))[-self.levels :]
+        logits: dict[str, Tensor] = {}
+        for head in self.heads:
+            readers: Any = self.readers[head]
+            parts = [reader(m)[..., :height, :width] for reader, m in zip(readers, maps, strict=True)]
+            logits[head] = torch.stack(parts).sum(0)
+            if self.training:
+                logits |= {f"{head}@{i}": part for i, part in enumerate(parts, 1)}
+        return logits
+
+
+def _reader(n_in: int, stride: int, features: int, head: str) -> nn.Module:
+    """Features at full size, by overlapping windows that leave no grid, and their classifier."""
+    grow = nn.ConvTranspose2d(n_in, features, 2 * stride, stride, stride // 2)
+    return nn.Sequential(
+        grow if stride > 1 else nn.Conv2d(n_in, features, 1), nn.ReLU(inplace=True), make_output(features, head, 1)
+    )
+
+
+class MixedScaleNet(Network):
+    """A mixed-scale dense trunk (see `mixedscale.MixedScaleTrunk`) and a 1 x 1 convolution a head.
+
+    Parameters
+    ----------
+    heads : sequence of str
+    depth, width, dilations
+        Layers, maps a layer, and the dilations the layers take in turn.
+    mean, std : three floats
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[str],
+        depth: int = 50,
+        width: int = 2,
+        dilations: Sequence[int] = tuple(range(1, 11)),
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> None:
+        super().__init__(heads, 1, mean, std)
+        self.trunk = MixedScaleTrunk(depth, width, dilations)
+        self.outputs = nn.ModuleDict({head: make_output(self.trunk.channels_out, head, 1) for head in self.heads})
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """As `UNet.forward`."""
+        maps = self.trunk(self.normalize(image))
+        return {head: output(maps) for head, output in self.outputs.items()}
+
+
+def _detector(
+    encoder: str = "efficientnet_lite0",
+    frozen: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    **options: Any,
+) -> MaskRCNN:
+    body = build_encoder(encoder)
+    model = MaskRCNN(body, mean or body.mean, std or body.std, **options)
+    model.freeze(frozen)
+    return model
+
+
+_ONE = ("semantic",)
 _TWO = ("semantic", "contour")
 _THREE = ("semantic", "contour", "marker")
 
 #: name -> the numbers in which it differs from the others
-MODELS: dict[str, dict[str, Any]] = {
-    "unet": {"heads": ("semantic",)},
-    "caunet": {"heads": _TWO},
-    "camunet": {"heads": _THREE},
-    "dunet": {"heads": ("semantic",), "dilation": 2},
-    "camdunet": {"heads": _THREE, "dilation": 2},
-    "scamunet": {"heads": _THREE, "shared": True},
-    "scamdunet": {"heads": _THREE, "shared": True, "dilation": 2},
+MODELS: dict[str, Callable[..., Network]] = {
+    "unet": partial(UNet, heads=_ONE),
+    "caunet": partial(UNet, heads=_TWO),
+    "camunet": partial(UNet, heads=_THREE),
+    "dunet": partial(UNet, heads=_ONE, dilation=2),
+    "camdunet": partial(UNet, heads=_THREE, dilation=2),
+    "scamunet": partial(UNet, heads=_THREE, shared=True),
+    "scamdunet": partial(UNet, heads=_THREE, shared=True, dilation=2),
+    "distunet": partial(UNet, heads=("semantic", "distance")),
+    "colorunet": partial(UNet, heads=("semantic", "color")),
+    "vgg_unet": partial(UNet, heads=_ONE, encoder="vgg16_bn", frozen=True),
+    "res_unet": partial(UNet, heads=_ONE, encoder="resnet34", frozen=True),
+    "dense_unet": partial(UNet, heads=_ONE, encoder="densenet121", frozen=True),
+    "res_camunet": partial(UNet, heads=_THREE, encoder="resnet34", frozen=True),
+    "res_samunet": partial(UNet, heads=_THREE, encoder="resnet34", frozen=True, shared=True),
+    "lite_camunet": partial(UNet, heads=_THREE, encoder="efficientnet_lite0"),
+    "dcan": partial(DCAN, heads=_TWO),
+    "msdnet": partial(MixedScaleNet, heads=_THREE),
+    "maskrcnn": _detector,
 }
+#: What the footprint table shows beside the rows: the other encoders that the project's plan lists.
+VARIANTS = ("res_unet:resnet18", "res_unet:resnet101", "dense_unet:densenet201")
+#: The plan's figures for three rows, and why they differ.
+NOTE = (
+    "The plan this toolkit grew from gives 4.84, 3.74 and 9.85 M trainable parameters for ResNet101, DenseNet121 and "
+    "DenseNet201: a tenth of what these widths make."
+)
 
 
 def build_model(name: str, **options: Any) -> Network:
-    """A fresh network by name.
+    """A fresh network by name, without pretrained weights.
 
     Parameters
     ----------
     name : str
         Row of `MODELS`.
     options
-        Override the row; see `UNet`.
+        Override the row; see its class.
 
     Raises
     ------
     ValueError
-        Unknown name.
+        Unknown name, or an option the network does not have.
     """
     row = pick(MODELS, name, "network")
-    model = UNet(**{**row, **options})
+    try:
+        model = row(**options)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from None
     model.name, model.options = name, dict(options)
     return model
 
 
 def model_options(config: Config) -> dict[str, Any]:
-    """What the settings say of a network, as options of `build_model`."""
+    """What the settings say of a network, as options of `build_model`.
+
+    Raises
+    ------
+    ValueError
+        Heads or an encoder are chosen for a network that does not let them be chosen.
+    """
     for name in config.widths:
         pick(MODELS, name, "network (a section of the settings)")
-    param = config.param
-    return {
-        "order": param.conv_order,
-        "activation": param.activation,
-        "norm": param.norm,
-        "dropout": param.dropout,
-        "mean": list(config.pre.mean),
-        "std": list(config.pre.std),
-    }
+    param, pre = config.param, config.pre
+    known = inspect.signature(pick(MODELS, param.model, "network")).parameters
+    chosen: dict[str, Any] = {"mean": list(pre.mean or ()), "std": list(pre.std or ())}
+    chosen |= {"heads": list(param.heads), "encoder": "" if param.encoder == "auto" else param.encoder}
+    for key in ("heads", "encoder"):
+        if chosen[key] and key not in known:
+            raise ValueError(f"[param] {key} = {chosen[key]}: {param.model} has {key} of its own")
+    options = {key: value for key, value in chosen.items() if value}
+    if "blocks" in known:
+        options |= {"order": param.conv_order, "activation": param.activation}
+        options |= {"norm": param.norm, "dropout": param.dropout}
+    return options | param.options
 
 
 def load_model(checkpoint: Mapping[str, Any], averaged: bool = True) -> Network:
@@ -202,3 +330,53 @@ def place(model: Network, device: torch.device) -> Network:
 def memory_format(device: torch.device) -> torch.memory_format:
     """Layout of images and weights: channels-last on CPU and CUDA; Apple's backend is slower in it, and has crashed."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def _build_variant(name: str) -> Network:
+    """A network by name, or ``name:encoder``."""
+    row, _, encoder = name.partition(":")
+    return place(build_model(row, **({"encoder": encoder} if encoder else {})), torch.device("cpu"))
+
+
+def _step_loss(model: nn.Module, image: Tensor) -> Tensor:
+    """What a training step takes the gradient of: the logits, or a detector's losses on a grid of squares."""
+    if not isinstance(model, MaskRCNN):
+        return torch.stack([logits.square().mean() for logits in model(image).values()]).sum()
+    index = torch.arange(image.shape[-1], device=image.device)
+    inside, number = index % 32 < 20, index // 32 + 1
+    labels = torch.where(inside[:, None] & inside, number[:, None] * 1000 + number, 0)
+    return torch.stack(
+        list(model.losses(image, {"instance": labels.expand(len(image), 1, -1, -1).float()}).values())
+    ).sum()
+
+
+def run(config: Config, args: argparse.Namespace) -> int:
+    prepare_process()
+    names = args.network or [*MODELS, *VARIANTS]
+    if args.graph is not None:
+        if len(args.network) != 1:
+            raise ValueError(f"--graph draws one network, {len(args.network)} are named")
+        blocks, edges = trace_blocks(_build_variant(names[0]))
+        save(draw_network(blocks, edges, names[0]), args.graph)
+        print(args.graph)
+        return 0
+    device = pick_device(config.train.device)
+    rows = {}
+    for name in tqdm(names, "measuring", leave=False, disable=None):
+        rows[name] = measure(partial(_build_variant, name), args.size, step=_step_loss, device=device)
+    print(format_table(rows))
+    if not args.network:
+        print(f"\n{NOTE}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("network", nargs="*", metavar="NAME[:ENCODER]", help="rows of the table; default: all")
+    parser.add_argument("--graph", type=Path, metavar="FILE", help="draw the network instead, as PNG")
+    parser.add_argument("--size", type=int, default=256, metavar="PX", help="side of the image (default: 256)")
+    return run_script(run, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +18,10 @@ from files import replacing
 from labels import boundaries, color
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from footprint import Block
 
 Color = tuple[int, int, int]
 
@@ -31,6 +36,11 @@ TRUTH, PREDICTED, AGREED = SKY, VERMILLION, YELLOW  # the boundaries of `compare
 SHADE = 0.22  # how far, of 1, a nucleus may lie from its palette colour towards black or white
 PANEL = 3.2  # inches; height of a panel
 DPI = 150
+
+FONT = 9  # points; what follows is of `draw_network`
+LETTER, LINE = 0.071, 0.145  # inches; width of a wide letter of that font, and distance between lines
+GUTTER, GAP = 0.26, 0.15  # inches between columns and between rows, where the arrows run
+BAND = 0.5  # of a row, between strides
 
 
 def palette(n: int) -> NDArray[np.uint8]:
@@ -287,3 +297,141 @@ def _move(window: Any, x: int, y: int) -> None:
         window.wm_geometry(f"+{x}+{y}")
     elif hasattr(window, "move"):  # Qt, GTK 3
         window.move(x, y)
+
+
+def draw_network(blocks: Sequence[Block], edges: Sequence[tuple[int, int]], title: str | None = None) -> Figure:
+    """Draw the blocks of a network: what is further right comes later, what is further down is coarser.
+
+    A box says what the block is and how many channels come out of it; the last ones say what they are called, too.
+    Blocks of the same stride that could run at the same time, such as those of several decoders, lie one above the
+    other. Dark arrows go to the next column, pale ones skip some.
+
+    Parameters
+    ----------
+    blocks, edges
+        As `footprint.trace_blocks` gives them.
+    title
+        Stands above them all.
+
+    Raises
+    ------
+    ValueError
+        If there are no blocks.
+    """
+    from matplotlib.figure import Figure
+
+    if not blocks:
+        raise ValueError("0 blocks: a picture of a network needs at least one")
+    inner = {source for source, _ in edges}
+    labels = [_block_label(block, named=i not in inner) for i, block in enumerate(blocks)]
+    longest, highest = max(len(line) for lines in labels for line in lines), max(map(len, labels))
+    box = np.array([LETTER * longest + 0.12, LINE * (highest + 0.8)])
+    columns = _block_columns(blocks, edges)
+    centers = np.stack([columns, -_block_rows(blocks, columns)], axis=1) * (box + (GUTTER, GAP))
+    low, high = centers.min(0) - box * (1.2, 1), centers.max(0) + box * (0.7, 1.7 if title else 1)
+    figure = Figure(tuple(high - low), DPI)
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    ax.set_axis_off()
+    _draw_bands(ax, blocks, centers, box)
+    for source, target in edges:
+        _draw_edge(ax, centers[source], centers[target], box, columns[target] - columns[source] > 1)
+    _draw_boxes(ax, blocks, labels, centers, box)
+    if title:
+        ax.text((low[0] + high[0]) / 2, high[1] - box[1] / 2, title, ha="center", va="center", fontsize=12)
+    return figure
+
+
+def _block_label(block: Block, named: bool) -> list[str]:
+    """Lines of about a dozen letters; class names are cut before a capital."""
+    lines = [""]
+    for word in re.split(r"(?<=[a-z0-9])(?=[A-Z])", block.kind):
+        if len(lines[-1] + word) > 12 and lines[-1]:
+            lines.append("")
+        lines[-1] += word
+    names = [part for part in block.name.split(".") if not part.isdigit()]
+    return [*(names[-1:] if named else []), *lines, str(block.shape[0])]
+
+
+def _block_columns(blocks: Sequence[Block], edges: Sequence[tuple[int, int]]) -> NDArray[np.intp]:
+    """Longest way from the image; pooling, which is coarser but no wider, hangs below what it pools."""
+    columns = np.zeros(len(blocks), np.intp)
+    for source, target in sorted(edges, key=lambda edge: edge[1]):
+        before, after = blocks[source], blocks[target]
+        hangs = after.stride > before.stride and after.shape[0] == before.shape[0]
+        columns[target] = max(columns[target], columns[source] + (not hangs))
+    return columns
+
+
+def _block_rows(blocks: Sequence[Block], columns: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Rows from above: a band a stride, as high as its fullest column; blocks centred in it."""
+    levels = np.unique([block.stride for block in blocks], return_inverse=True)[1]
+    places = defaultdict(list)
+    for i, place in enumerate(zip(levels.tolist(), columns.tolist(), strict=True)):
+        places[place].append(i)
+    heights = np.zeros(levels.max() + 1)
+    for (level, _), members in places.items():
+        heights[level] = max(heights[level], len(members))
+    middles = np.cumsum(heights + BAND) - heights / 2
+    rows = np.zeros(len(blocks))
+    for (level, _), members in places.items():
+        rows[members] = middles[level] + np.arange(len(members)) - (len(members) - 1) / 2
+    return rows
+
+
+def _draw_bands(ax: Axes, blocks: Sequence[Block], centers: NDArray[np.float64], box: NDArray[np.float64]) -> None:
+    """Name every stride at the left; every other one has a grey ground."""
+    strides = np.array([block.stride for block in blocks])
+    for number, stride in enumerate(np.unique(strides)):
+        y = centers[strides == stride, 1]
+        if number % 2 == 0:
+            edge = (box[1] + GAP + BAND * (box[1] + GAP)) / 2
+            ax.axhspan(y.min() - edge, y.max() + edge, color="0.96", linewidth=0, zorder=0)
+        left = centers[:, 0].min() - box[0] * 0.65
+        ax.text(left, (y.min() + y.max()) / 2, f"1/{stride}", ha="right", va="center", fontsize=FONT + 2, color="0.45")
+
+
+def _draw_boxes(
+    ax: Axes,
+    blocks: Sequence[Block],
+    labels: Sequence[Sequence[str]],
+    centers: NDArray[np.float64],
+    box: NDArray[np.float64],
+) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    kinds = [block.kind.rpartition(" x ")[2] for block in blocks]  # three of a kind look like one of it
+    names = list(dict.fromkeys(kinds))
+    colors = palette(len(names)) / 255
+    width, height = box
+    for kind, lines, (x, y) in zip(kinds, labels, centers, strict=True):
+        color = colors[names.index(kind)]
+        frame = FancyBboxPatch(
+            (x - width / 2, y - height / 2), width, height, "round,pad=0,rounding_size=0.05", zorder=3
+        )
+        frame.set(facecolor=color * 0.4 + 0.6, edgecolor=color * 0.7, linewidth=0.8)
+        ax.add_patch(frame)
+        ax.text(x, y, "\n".join(lines), ha="center", va="center", fontsize=FONT, linespacing=1.1, zorder=4)
+
+
+def _draw_edge(
+    ax: Axes, source: NDArray[np.float64], target: NDArray[np.float64], box: NDArray[np.float64], skips: bool
+) -> None:
+    """An arrow that stays between the columns and, where it `skips` some, between the rows."""
+    from matplotlib.patches import FancyArrowPatch
+    from matplotlib.path import Path as Curve
+
+    line, bend = Curve.LINETO, Curve.CURVE4
+    (x, y), (u, v) = source + (box[0] / 2, 0), target - (box[0] / 2, 0)
+    if x > u:  # one above the other
+        side = np.sign(source[1] - target[1]) * box[1] / 2
+        points, codes = [(source[0], y - side), (target[0], v + side)], [line]
+    elif not skips:
+        points, codes = [(x, y), ((x + u) / 2, y), ((x + u) / 2, v), (u, v)], [bend] * 3
+    else:
+        bow, above = x + GUTTER / 2, v + (box[1] + GAP) / 2
+        points = [(x, y), (bow, y), (bow, above), (x + GUTTER, above), (u, above)]
+        points += [(target[0] - GAP, above), (target[0], above), (target[0], v + box[1] / 2)]
+        codes = [bend] * 3 + [line] + [bend] * 3
+    arrow = FancyArrowPatch(path=Curve(points, [Curve.MOVETO, *codes]), arrowstyle="-|>", mutation_scale=8)
+    arrow.set(color="0.65" if skips else "0.2", zorder=1 if skips else 2)
+    ax.add_patch(arrow)

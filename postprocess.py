@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage as ndi
 from scipy.sparse import coo_array, csc_array
 from scipy.sparse.linalg import splu
+from skimage import measure
 from skimage.feature import peak_local_max
 from skimage.segmentation import watershed
 
@@ -30,7 +31,7 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labe
     Parameters
     ----------
     probs : mapping
-        head -> (H, W) float32 in [0, 1]; "semantic" must be there.
+        head -> (H, W) float32 in [0, 1], "color" (C, H, W); "semantic" must be there.
     post : Post
         Policy, source of the markers, and what is removed.
     thresholds : mapping
@@ -48,10 +49,15 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labe
     """
     mask = _above(probs, thresholds, "semantic")
     if not post.segmentation:
-        labels = _components(mask)
-    else:
-        markers = _place_markers(mask, probs, post, thresholds)
-        labels = pick(POLICIES, post.policy, "policy")(mask, markers, probs)
+        return clean(_components(mask), post)
+    source, policy = _choose(post, probs)
+    markers = pick(MARKERS, source, "source of markers")(mask, probs, post, thresholds)
+    markers = _add_lonely(mask, markers)
+    return clean(pick(POLICIES, policy, "policy")(mask, markers, probs), post)
+
+
+def clean(labels: Labels, post: Post) -> Labels:
+    """Fill and remove what ``[post]`` says, and number what is left 1..N."""
     if post.fill_holes:
         labels = fill_holes(labels)
     if post.remove_objects:
@@ -61,8 +67,18 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labe
     return relabel(labels)
 
 
+def _choose(post: Post, probs: Probs) -> tuple[str, str]:
+    """Source of the markers and policy, where the settings leave them to the heads there are."""
+    source, policy = post.marker, post.policy
+    if source == "auto":
+        source = "color" if policy == "color" else next((name for name in MARKERS if name in probs), "peak")
+    if policy == "auto":
+        policy = "color" if source == "color" else "ws"
+    return source, policy
+
+
 def separate_watershed(mask: Mask, markers: Labels, probs: Probs) -> Labels:
-    """Flood from the markers, along low contour and high semantic probability first.
+    """Flood from the markers: high semantic probability, low contour and the middles of nuclei first.
 
     Parameters
     ----------
@@ -79,7 +95,18 @@ def separate_watershed(mask: Mask, markers: Labels, probs: Probs) -> Labels:
     elevation = -probs["semantic"]
     if "contour" in probs:
         elevation = elevation + probs["contour"]
+    if "distance" in probs:
+        elevation = elevation - probs["distance"]
     return watershed(elevation, markers, mask=mask).astype(np.int32, copy=False)
+
+
+def separate_color(mask: Mask, markers: Labels, probs: Probs) -> Labels:
+    """Flood from the markers, sure pixels of a sure colour first: fronts meet where one colour gives way to another.
+
+    Parameters, Returns
+        As `separate_watershed`.
+    """
+    return watershed(-probs["semantic"] - _colors(probs).max(0), markers, mask=mask).astype(np.int32, copy=False)
 
 
 def separate_walker(mask: Mask, markers: Labels, probs: Probs) -> Labels:
@@ -108,23 +135,36 @@ def separate_walker(mask: Mask, markers: Labels, probs: Probs) -> Labels:
 POLICIES: dict[str, Callable[[Mask, Labels, Probs], Labels]] = {
     "ws": separate_watershed,
     "rw": separate_walker,
+    "color": separate_color,
 }
 
 
-def _markers_from_marker(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Mask:
-    return mask & _above(probs, thresholds, "marker")
+def _markers_from_marker(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
+    return _components(mask & _above(probs, thresholds, "marker"))
 
 
-def _markers_from_contour(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Mask:
-    return mask & ~_above(probs, thresholds, "contour")
+def _markers_from_distance(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
+    return _components(mask & _above(probs, thresholds, "distance"))
 
 
-def _markers_from_peaks(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Mask:
+def _markers_from_contour(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
+    return _components(mask & ~_above(probs, thresholds, "contour"))
+
+
+def _markers_from_color(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
+    """Pieces of one colour; what is smaller than a nucleus is left to the pieces around it."""
+    colors = _colors(probs)
+    color = np.where(mask & (colors.max(0) > thresholds["color"]), colors.argmax(0) + 1, 0)
+    pieces: NDArray[np.int_] = measure.label(color, connectivity=1)
+    return remove_small(pieces, post.min_object_size)
+
+
+def _markers_from_peaks(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
     """Peaks of the distance to the background, at least `seg_scale` times the typical diameter apart."""
     peaks = np.zeros(mask.shape, bool)
     blobs, n_blobs = ndi.label(mask)
     if not n_blobs:
-        return peaks
+        return _components(peaks)
     sizes = np.sort(np.bincount(blobs.ravel())[1:])
     typical = sizes[: max(1, round(post.seg_ratio * n_blobs))].mean()
     apart = max(1, round(post.seg_scale * float(np.sqrt(typical))))
@@ -132,34 +172,38 @@ def _markers_from_peaks(mask: Mask, probs: Probs, post: Post, thresholds: Mappin
     depth = ndi.gaussian_filter(ndi.distance_transform_edt(mask), 1.0) * mask
     found = peak_local_max(depth, min_distance=apart, labels=blobs, exclude_border=False)
     peaks[tuple(found.T)] = True
-    return peaks
+    return _components(peaks)
 
 
 #: Where the markers of the nuclei come from; `auto` takes the first whose head is there.
-MARKERS: dict[str, Callable[[Mask, Probs, Post, Mapping[str, float]], Mask]] = {
+MARKERS: dict[str, Callable[[Mask, Probs, Post, Mapping[str, float]], Labels]] = {
     "marker": _markers_from_marker,
+    "distance": _markers_from_distance,
+    "color": _markers_from_color,
     "contour": _markers_from_contour,
     "peak": _markers_from_peaks,
 }
 
 
-def _place_markers(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
-    source = post.marker
-    if source == "auto":
-        source = next((name for name in MARKERS if name in probs), "peak")
-    seeds = pick(MARKERS, source, "source of markers")(mask, probs, post, thresholds)
-    # A blob that no marker touches is a nucleus all the same.
+def _add_lonely(mask: Mask, markers: Labels) -> Labels:
+    """A blob that no marker touches is a nucleus all the same, and becomes a marker."""
     blobs, n_blobs = ndi.label(mask)
     lonely = np.ones(n_blobs + 1, bool)
-    lonely[blobs[seeds]] = False
+    lonely[blobs[markers > 0]] = False
     lonely[0] = False
-    return _components(seeds | lonely[blobs])
+    return np.where(lonely[blobs], blobs + markers.max(initial=0), markers).astype(np.int32)
 
 
 def _above(probs: Probs, thresholds: Mapping[str, float], head: str) -> Mask:
     if head not in probs:
         raise ValueError(f"the network has no head '{head}'; there are: {', '.join(probs)}")
     return probs[head] > thresholds[head]
+
+
+def _colors(probs: Probs) -> NDArray[np.float32]:
+    if "color" not in probs:
+        raise ValueError(f"the network has no head 'color'; there are: {', '.join(probs)}")
+    return probs["color"]
 
 
 def _components(mask: Mask) -> Labels:

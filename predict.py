@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from config import CHECKPOINT_KEYS, Config, Valid, pick
+from detector import MaskRCNN
 from helper import autocast, load_checkpoint, pick_device, pick_precision
-from model import Network, load_model, memory_format, place
-from postprocess import instances
+from model import load_model, memory_format, place
+from network import HEAD_CHANNELS, Network
+from postprocess import clean, instances
 
 _PADDING = {
     "reflect": (cv2.BORDER_REFLECT_101, 0),
@@ -53,6 +55,18 @@ class Segmenter:
     precision: torch.dtype
     saved: Mapping[str, Any] = field(default_factory=dict)
 
+    def predict(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
+        """The instances of an (H, W, 3) uint8 image, (H, W) int32, and the maps they were read off, as `probs` gives
+        them; those of a detector are how sure it is that something is a nucleus."""
+        (network, *_), thresholds = self.networks, self.config.thresholds
+        if not isinstance(network, MaskRCNN):
+            probs = self.probs(image)
+            return self.separate(probs), probs
+        x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(self.device)
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            labels, semantic = network.instances(x, self.config.post.min_score, thresholds["semantic"])
+        return clean(labels.cpu().numpy(), self.config.post), {"semantic": semantic.cpu().numpy()}
+
     def probs(self, image: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """head -> (H, W) float32 in [0, 1] of an (H, W, 3) uint8 image; see `predict_probs`."""
         config = self.config
@@ -72,7 +86,7 @@ class Segmenter:
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an image, (H, W) int32."""
-        return self.separate(self.probs(image))
+        return self.predict(image)[0]
 
 
 def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
@@ -95,6 +109,8 @@ def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
             )
     device = pick_device(config.train.device)
     networks = [place(load_model(c), device) for c in checkpoints]
+    if len(networks) > 1 and any(isinstance(network, MaskRCNN) for network in networks):
+        raise ValueError("a maskrcnn finds nuclei, not maps that could be averaged: no ensemble; name one checkpoint")
     precision = pick_precision(config.train.precision, device)
     return Segmenter(networks, config, device, precision, checkpoints[0]["config"])
 
@@ -115,7 +131,8 @@ def predict_probs(
     ----------
     image : (H, W, 3) uint8
     networks : sequence of modules
-        They may differ in their heads: each head is averaged over those that have it.
+        They may differ in their heads: each head is averaged over those that have it. A colour head is not averaged:
+        which nucleus has which colour differs from network to network, and from view to view.
     valid : Valid
         Views, padding, or the squeeze to `width` and back (``pred_orig_size = False``), and how networks are combined:
         ``avg`` is the mean probability, ``vote`` the share of networks above the threshold.
@@ -127,7 +144,7 @@ def predict_probs(
     Returns
     -------
     dict
-        head -> (H, W) float32 in [0, 1].
+        head -> (H, W) float32 in [0, 1]; (C, H, W) of a head with several channels.
     """
     height_width = image.shape[:2]
     if valid.pred_orig_size:
@@ -138,13 +155,14 @@ def predict_probs(
     for network in networks:
         for head, probs in _average_views(source, network, valid.test_time_augment, device, precision).items():
             if valid.pred_orig_size:
-                probs = probs[top : top + height_width[0], left : left + height_width[1]]
+                probs = probs[:, top : top + height_width[0], left : left + height_width[1]]
             else:
-                probs = cv2.resize(probs, height_width[::-1], interpolation=cv2.INTER_LINEAR)
+                probs = np.stack([cv2.resize(p, height_width[::-1], interpolation=cv2.INTER_LINEAR) for p in probs])
             each.setdefault(head, []).append(np.ascontiguousarray(probs))
     if valid.ensemble == "vote":
         each = {head: [(p > thresholds[head]).astype(np.float32) for p in maps] for head, maps in each.items()}
-    return {head: np.mean(maps, axis=0, dtype=np.float32) for head, maps in each.items()}
+    means = {head: maps[0] if head in HEAD_CHANNELS else np.mean(maps, axis=0) for head, maps in each.items()}
+    return {head: value if head in HEAD_CHANNELS else value[0] for head, value in means.items()}
 
 
 def _pad(image: NDArray[np.uint8], valid: Valid, stride: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
@@ -164,15 +182,17 @@ def _average_views(
     device: torch.device,
     precision: torch.dtype,
 ) -> dict[str, NDArray[np.float32]]:
+    """head -> (C, H, W), the mean over the views."""
     views = sorted({view for name in names for view in pick(VIEWS, name, "view")}) or [(0, False)]
     x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(device)
-    sums: dict[str, Tensor] = {}
+    each: dict[str, list[Tensor]] = {}
     for turns, mirrored in views:
         view = torch.rot90(x.flip(-1) if mirrored else x, turns, (-2, -1))[None]
         with autocast(device, precision):
             logits = network(view.contiguous(memory_format=memory_format(device)))
         for head, value in logits.items():
-            probs = torch.rot90(torch.sigmoid(value[0, 0].float()), -turns, (-2, -1))
-            probs = probs.flip(-1) if mirrored else probs
-            sums[head] = sums[head] + probs if head in sums else probs
-    return {head: (total / len(views)).cpu().numpy() for head, total in sums.items()}
+            probs = torch.rot90(torch.sigmoid(value[0].float()), -turns, (-2, -1))
+            each.setdefault(head, []).append(probs.flip(-1) if mirrored else probs)
+    # The first view is the image as it is, in any set of views.
+    means = {head: maps[0] if head in HEAD_CHANNELS else torch.stack(maps).mean(0) for head, maps in each.items()}
+    return {head: mean.cpu().numpy() for head, mean in means.items()}

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tensorboardX import SummaryWriter
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from config import CHECKPOINT_KEYS, Config
@@ -37,12 +37,13 @@ from helper import (
 )
 from image import Cache, ImageError
 from metric import pixel_iou
-from model import Network, build_model, model_options, place
+from model import build_model, model_options, place
+from network import Network
 from predict import Segmenter
 from record import Record, format_counts, load_split
 from score import score_image, summarize
 from target import make_targets, plan_targets
-from trainer import Trainer, plan_span
+from trainer import Trainer, log_graph, plan_span
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -53,6 +54,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     precision = _pick_precision(config, device, state)
     torch.manual_seed(config.train.seed)
     model = place(build_model(config.param.model, **model_options(config)), device)
+    if state is None and (not args.init or "param.encoder_weights" in config.user_set):
+        _load_encoder(model, config)
 
     cache = open_cache(config, args.data)
     train, valid = load_split(args.data, config.dataset)
@@ -81,6 +84,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
         print(f"Resuming after epoch {trainer.epoch} ...")
     print("Training started...")
     with SummaryWriter(str(args.checkpoint_dir / "log" / config.train.log_name)) as log:
+        if state is None:
+            log_graph(log, trainer.average)
         trainer.run(log)
     print(f"Training finished after epoch {trainer.epoch}: {args.checkpoint_dir / 'latest.pkl'}")
     return 3 if n_bad else 0
@@ -92,6 +97,11 @@ def _resume_state(args: argparse.Namespace) -> dict | None:
         return None
     print(f"Loading checkpoint '{current}'")
     return load_checkpoint(current)
+
+
+def _load_encoder(model: Network, config: Config) -> None:
+    if model.encoder is not None and model.encoder.load_weights(config.param.encoder_weights):
+        print(f"Encoder weights: {config.param.encoder_weights}")
 
 
 def _inherit(config: Config, args: argparse.Namespace, state: dict | None) -> tuple[Config, bool]:
@@ -156,15 +166,15 @@ def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: 
 
     def evaluate(model: Network) -> dict[str, float]:
         segmenter = Segmenter([model], once, device, precision)
-        plan = plan_targets(model.heads, config.pre, config.contour)
         scores, ious = [], []
         for record in tqdm(records, "validating", leave=False, disable=None):
             assert record.masks is not None
             truth = np.asarray(cache.labels(record.image, record.masks))
-            probs = segmenter.probs(np.asarray(cache.image(record.image)))
-            targets = make_targets(truth, {head: plan[head] for head in probs})
-            ious.append([pixel_iou(targets[head][0] > 0.5, probs[head] > config.thresholds[head]) for head in probs])
-            scores.append(score_image(record, truth, segmenter.separate(probs)))
+            labels, probs = segmenter.predict(np.asarray(cache.image(record.image)))
+            targets = make_targets(truth, plan_targets(tuple(probs), config.pre, config.contour))
+            sure = {head: p.max(0) if p.ndim == 3 else p for head, p in probs.items()}
+            ious.append([pixel_iou(targets[head][0] > 0.5, p > config.thresholds[head]) for head, p in sure.items()])
+            scores.append(score_image(record, truth, labels))
         row = summarize(scores)["all"]
         each = {f"iou/{head}": float(iou) for head, iou in zip(probs, np.mean(ious, axis=0), strict=True)}
         # Where the contour alone is trained there are no nuclei to find.

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,15 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensorboardX import SummaryWriter
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from config import Config, Train, pick
 from dataset import Batch, Loader
+from detector import MaskRCNN
 from helper import Meter, autocast, save_checkpoint, write_current
 from loss import Criterion
-from model import Network, memory_format
+from model import memory_format
+from network import Network
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +166,8 @@ class Trainer:
         self.criterion = Criterion(pick_rules(config, model.heads))
         kind = torch.optim.AdamW if config.train.optimizer == "adamw" else torch.optim.Adam
         decay = config.train.weight_decay if config.train.optimizer == "adamw" else 0.0
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = kind(trainable, lr=config.param.learn_rate, weight_decay=decay)
+        self.optimizer = kind(group_parameters(model, config.param.encoder_rate), weight_decay=decay)
+        self.thaw_epoch = thaw_epoch(config, model)
         self.schedule = pick(SCHEDULES, config.train.schedule, "schedule")
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         self.span = Span(0, config.train.n_epoch)
@@ -199,10 +202,9 @@ class Trainer:
         """Take up where `state` was saved."""
         self.model.load_state_dict(state["weights"])
         self.average.load_state_dict(state["average"])
-        decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, fresh in zip(self.optimizer.param_groups, decays, strict=True):
-            group["weight_decay"] = fresh  # the settings may have changed it
+        # Rates and decay are the settings', which may have changed; what the steps have gathered is the checkpoint's.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.span = Span(**state["span"])
@@ -234,6 +236,7 @@ class Trainer:
 
     def _train_epoch(self, log: SummaryWriter) -> None:
         """One epoch, or what the clock leaves of it."""
+        self.model.freeze(self.epoch < self.thaw_epoch)
         began, spent = time.monotonic(), self.span.elapsed
         meters = Meters(self.criterion.terms)
         self.model.train()
@@ -247,7 +250,7 @@ class Trainer:
                 break
             factor = self.schedule(progress, self.epoch, self.config.train)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.config.param.learn_rate * factor
+                group["lr"] = self.config.param.learn_rate * factor * group["rate"]
             self._train_step(batch, meters)
             meters.tick(waited)
             bar.update()
@@ -264,9 +267,7 @@ class Trainer:
     def _train_step(self, batch: Batch, meters: Meters) -> None:
         batch = {name: value.to(self.device) for name, value in batch.items()}
         image = batch.pop("image").contiguous(memory_format=memory_format(self.device))
-        with autocast(self.device, self.precision):
-            logits = self.model(image)
-        losses = self.criterion(logits, batch)
+        losses, logits = self._losses(image, batch)
         total = sum_losses(losses)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(total).backward()
@@ -280,6 +281,14 @@ class Trainer:
         decay = min(self.config.train.ema, (1 + self.step) / (10 + self.step))
         update_average(self.average, self.model, decay)
         meters.update(float(total.detach()), logits, batch, len(image))
+
+    def _losses(self, image: Tensor, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Named losses, and the logits they were taken of; a detector has none to show."""
+        with autocast(self.device, self.precision):
+            if isinstance(self.model, MaskRCNN):
+                return self.model.losses(image, batch), {}
+            logits = self.model(image)
+        return self.criterion(logits, batch), logits
 
     def _validate(self, log: SummaryWriter) -> None:
         assert self.evaluate is not None
@@ -302,9 +311,9 @@ class Trainer:
         for index in range(n):
             item = self.loader.dataset.item(index, self.epoch)
             logits = self.average(torch.from_numpy(item["image"])[None].to(self.device))
-            heads = [head for head in self.average.heads if head in self.criterion.terms]
-            truth = np.concatenate([item[head] for head in heads])
-            guess = np.concatenate([torch.sigmoid(logits[head][0]).float().cpu().numpy() for head in heads])
+            heads = [head for head in self.average.heads if head in item]
+            truth = np.concatenate([np.minimum(item[head], 1) for head in heads])
+            guess = np.concatenate([torch.sigmoid(logits[head][0].float()).amax(0, True).cpu() for head in heads])
             panels: list[NDArray] = [item["image"] / 255, _as_rgb(truth), _as_rgb(guess)]
             log.add_image(f"train/{index}", np.concatenate(panels, axis=2), self.epoch)
 
@@ -326,7 +335,8 @@ class Meters:
     def update(self, loss: float, logits: Mapping[str, Tensor], targets: Mapping[str, Tensor], n: int) -> None:
         self.loss.update(loss, n)
         for head, meter in self.iou.items():
-            guess, truth = logits[head].detach() > 0, targets[head] > 0.5
+            # A pixel of any colour is one of a nucleus, as is one of any label.
+            guess, truth = logits[head].detach().amax(1, keepdim=True) > 0, targets[head] > 0.5
             both = torch.count_nonzero(guess & truth)
             meter.update(float(both / torch.count_nonzero(guess | truth).clamp(min=1)), n)
 
@@ -342,6 +352,41 @@ class Meters:
         return {"loss": self.loss.mean, **{f"iou/{head}": m.mean for head, m in self.iou.items()}}
 
 
+def log_graph(log: SummaryWriter, network: Network) -> None:
+    """Write the graph of a network to the TensorBoard log; one that cannot be traced is trained all the same."""
+    image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=network.mean.device)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", torch.jit.TracerWarning
+            )  # the graph is that of one size, and need be no more
+            warnings.simplefilter("ignore", DeprecationWarning)
+            log.add_graph(network, image, use_strict_trace=False)
+    except RuntimeError as error:
+        logger.warning("no graph in the TensorBoard log: %s", " ".join(str(error).split())[:160])
+
+
+def group_parameters(model: Network, encoder_rate: float) -> list[dict[str, Any]]:
+    """Parameters for an optimizer: the encoder's and the rest, in the order of the model; "rate" scales their learning
+    rate."""
+    encoder = set() if model.encoder is None else set(model.encoder.parameters())
+    groups = [
+        {"params": [p for p in model.parameters() if p in encoder], "rate": encoder_rate},
+        {"params": [p for p in model.parameters() if p not in encoder], "rate": 1.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def thaw_epoch(config: Config, model: Network) -> float:
+    """The epoch from which the encoder is trained."""
+    if config.param.encoder_weights == "none":
+        return 0
+    wanted = config.param.freeze_epochs
+    if wanted == "auto":
+        wanted = "forever" if model.frozen else 0
+    return math.inf if wanted == "forever" else wanted
+
+
 def pick_rules(config: Config, heads: tuple[str, ...]) -> dict[str, str]:
     """head -> its losses, of the heads that the settings want trained.
 
@@ -351,6 +396,8 @@ def pick_rules(config: Config, heads: tuple[str, ...]) -> dict[str, str]:
         ``[contour] exclusive`` with a network without contour head.
     """
     wanted = [head for head in heads if head != "contour" or config.contour.detect]
+    if wanted == ["instance"]:
+        return {}  # a detector brings its own losses
     if config.contour.exclusive:
         wanted = [head for head in wanted if head == "contour"]
         if not wanted:

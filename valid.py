@@ -38,7 +38,7 @@ from transform import equalize
 
 @dataclass
 class Result:
-    """One image, predicted: `probs` head -> (H, W), `labels` and `truth` (H, W) int32."""
+    """One image, predicted: `probs` head -> (H, W) or (C, H, W), `labels` and `truth` (H, W) int32."""
 
     record: Record
     image: NDArray[np.uint8]
@@ -120,8 +120,8 @@ def predict_all(records: Sequence[Record], segmenter: Segmenter, tally: Tally) -
             tally.refused.append(record.id)
             tqdm.write(f"refused: {error}", file=sys.stderr)
             continue
-        probs = segmenter.probs(image)
-        yield Result(record, image, probs, segmenter.separate(probs), truth)
+        labels, probs = segmenter.predict(image)
+        yield Result(record, image, probs, labels, truth)
 
 
 def deliver(
@@ -156,13 +156,19 @@ def deliver(
 def draw(result: Result, equalized: bool = False):
     """The image beside its nuclei, the truth where it is known, and the probability maps, as a figure."""
     image = equalize(result.image) if equalized else result.image
-    panels = {"image": image, f"{result.labels.max()} nuclei": plot.overlay(image, result.labels)}
+    panels: dict[str, NDArray[Any]] = {
+        "image": image,
+        f"{result.labels.max()} nuclei": plot.overlay(image, result.labels),
+    }
     title = result.record.id
     if result.truth is not None and (score := result.score) is not None:
         panels[f"{result.truth.max()} true"] = plot.overlay(image, result.truth)
         panels["truth, prediction, both"] = plot.compare(image, result.labels, result.truth)
         title = f"{title}   mAP {score.mean_precision:.3f}   IoU {score.iou:.3f}"
-    return plot.side_by_side({**panels, **result.probs}, title)
+    for head, probs in result.probs.items():
+        # Of several channels the most certain one, as a label.
+        panels[head] = probs if probs.ndim == 2 else np.where(probs.max(0) > 0.5, probs.argmax(0) + 1, 0)
+    return plot.side_by_side(panels, title)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

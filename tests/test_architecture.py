@@ -10,12 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("config", "files", "labels"),
+    ("config", "files", "labels", "network"),
     (
-        "image", "record", "transform", "target", "encoder", "detector", "loss", "metric", "postprocess", "tile",
-        "annotation", "synthetic", "helper",
+        "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
+        "tile", "annotation", "synthetic", "footprint", "helper",
     ),
-    ("dataset", "model", "plot", "score"),
+    ("dataset", "plot", "score"),
+    ("model",),
     ("predict", "trainer", "report"),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),
 )  # fmt: skip
@@ -99,7 +100,8 @@ def test_a_room_does_not_print(room):
     calls = [
         node.func.id for node in ast.walk(read(room)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     ]
-    allowed = {"helper": 2}  # the one line of a script that fails, on stderr
+    # The one line of a script that fails, on stderr; the table that `python model.py` is asked for.
+    allowed = {"helper": 2, "model": 3}
     assert calls.count("print") <= allowed.get(room, 0)
 
 

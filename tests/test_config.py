@@ -23,6 +23,12 @@ OLD_KEYS = {
         "threshold": ("0.4", 0.4),
         "threshold_edge": ("0.3", 0.3),
         "threshold_mark": ("0.2", 0.2),
+        "encoder": ("timm/convnext_tiny", "timm/convnext_tiny"),
+        "encoder_weights": ("none", "none"),
+        "freeze_epochs": ("3", 3),
+        "encoder_rate": ("0.1", 0.1),
+        "heads": ("semantic, color", ("semantic", "color")),
+        "options": ('{"depth": 80}', {"depth": 80}),
     },
     "contour": {
         "detect": ("no", False),
@@ -322,8 +328,10 @@ def test_the_section_of_a_network_overrides_width(load):
 
 
 def test_thresholds_by_head(load):
-    config = load("[param]\nthreshold = 0.1\nthreshold_edge = 0.2\nthreshold_mark = 0.3\n")
-    assert config.thresholds == {"semantic": 0.1, "contour": 0.2, "marker": 0.3}
+    names = {"semantic": "", "contour": "_edge", "marker": "_mark", "distance": "_distance", "color": "_color"}
+    expected = {head: 0.1 * i for i, head in enumerate(names)}
+    config = load("[param]\n" + "".join(f"threshold{names[head]} = {value}\n" for head, value in expected.items()))
+    assert config.thresholds == expected
 
 
 def test_sections_are_frozen(load):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from loss import LOSSES, Criterion, focal, parse_terms
+from labels import adjacency
+from loss import COLOR_REACH, LOSSES, MATCHERS, SIDE_FACTOR, Criterion, focal, match_colors, parse_terms
+from synthetic import draw_sample
 
 SHAPE = (2, 1, 4, 5)
 every_loss = pytest.mark.parametrize("name", LOSSES)
@@ -55,7 +57,11 @@ def plain_dice(logits, target, weight):
     return np.mean(values)
 
 
-PLAIN = {"bce": plain_bce, "focal": plain_focal, "iou": plain_iou, "dice": plain_dice}
+def plain_mse(logits, target, weight):
+    return np.sum(weight * (sigmoid(logits) - target) ** 2) / weight.sum()
+
+
+PLAIN = {"bce": plain_bce, "focal": plain_focal, "iou": plain_iou, "dice": plain_dice, "mse": plain_mse}
 
 
 def test_every_loss_has_a_plain_formula():
@@ -153,9 +159,9 @@ def test_bad_sums_are_refused(text):
         parse_terms(text)
 
 
-@pytest.mark.parametrize("text", ["bse", "wbse", "bce + 2*bse"])
+@pytest.mark.parametrize("text", ["bxe", "wbxe", "bce + 2*bxe"])
 def test_unknown_loss_suggests_the_nearest(text):
-    with pytest.raises(ValueError, match="unknown loss 'bse'; did you mean 'bce'"):
+    with pytest.raises(ValueError, match="unknown loss 'bxe'; did you mean 'bce'"):
         parse_terms(text)
 
 
@@ -193,3 +199,93 @@ def test_half_precision_logits_give_float32_losses():
         "semantic/bce"
     ]
     assert value.dtype == torch.float32
+
+
+def test_side_outputs_learn_what_their_head_learns():
+    logits, target, _ = tensors(*batch())
+    criterion = Criterion({"semantic": "bce"})
+    alone = criterion({"semantic": logits}, {"semantic": target})["semantic/bce"]
+    both = criterion({"semantic": logits, "semantic@1": logits}, {"semantic": target})
+    assert both["semantic/bce"].item() == pytest.approx((1 + SIDE_FACTOR) * alone.item())
+    assert both.keys() == {"semantic/bce"}
+
+
+def test_heads_without_a_rule_are_not_trained():
+    logits, target, _ = tensors(*batch())
+    maps = {"semantic": logits, "contour": logits, "contour@1": logits}
+    assert Criterion({"semantic": "bce"})(maps, {"semantic": target}).keys() == {"semantic/bce"}
+
+
+# Colours
+
+
+def label_batch(n: int = 3) -> torch.Tensor:
+    labels = [draw_sample(seed, (64, 64), "dense", n_nuclei=9, touching=True)[1] for seed in range(n)]
+    return torch.from_numpy(np.stack(labels)).float()[:, None]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_nucleus_has_one_colour_and_neighbours_differ(seed):
+    labels = label_batch()
+    logits = torch.randn(3, 4, 64, 64, generator=torch.Generator().manual_seed(seed))
+    colors = match_colors(logits, labels)
+    assert colors.shape == logits.shape and colors.dtype == logits.dtype
+    assert torch.equal(colors.sum(1, keepdim=True), (labels > 0).float())
+    n_pairs = 0
+    for image, picture in zip(labels[:, 0].numpy().astype(np.int32), colors.argmax(1).numpy(), strict=True):
+        chosen = {i: np.unique(picture[image == i]) for i in np.unique(image[image > 0])}
+        assert all(len(found) == 1 for found in chosen.values())
+        pairs = adjacency(image, COLOR_REACH + 1)
+        assert all(chosen[a] != chosen[b] for a, b in pairs)
+        n_pairs += len(pairs)
+    assert n_pairs > 10
+
+
+def test_a_proper_colouring_is_kept_whatever_its_colours():
+    labels = label_batch()
+    random = torch.randn(3, 4, 64, 64, generator=torch.Generator().manual_seed(1))
+    first = match_colors(random, labels)
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        said = 5 * first[:, order]
+        assert torch.equal(match_colors(said, labels), first[:, order])
+
+
+def test_the_surer_of_two_touching_nuclei_chooses_first():
+    labels = torch.zeros(1, 1, 8, 12)
+    labels[..., 2:6, 1:5], labels[..., 2:6, 5:11] = 7, 3
+    logits = torch.zeros(1, 4, 8, 12)
+    logits[:, 2, 2:6, 1:5] = 1.0
+    logits[:, 2, 2:6, 5:11] = 3.0
+    logits[:, 1, 2:6, 1:5] = 0.5
+    colors = match_colors(logits, labels)
+    assert colors[0, :, 3, 7].tolist() == [0, 0, 1, 0]
+    assert colors[0, :, 3, 2].tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("reach", [COLOR_REACH, COLOR_REACH + 1])
+def test_nuclei_near_each_other_count_as_neighbours(reach):
+    labels = torch.zeros(1, 1, 5, 20)
+    labels[..., 2:6], labels[..., 6 + reach : 12 + reach] = 1, 2
+    logits = torch.zeros(1, 4, 5, 20)
+    logits[:, 0] = 1
+    colors = match_colors(logits, labels)[0].argmax(0)
+    assert (colors[2, 3] == colors[2, 8 + reach]) == (reach > COLOR_REACH)
+
+
+def test_five_nuclei_around_a_point_run_out_of_four_colours_without_an_error():
+    labels = torch.arange(1, 6).repeat_interleave(2).view(1, 1, 1, 10).expand(1, 1, 3, 10).float()
+    colors = match_colors(torch.zeros(1, 4, 3, 10), labels)
+    assert torch.equal(colors.sum(1), torch.ones(1, 3, 10))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 6)])
+def test_no_nuclei_no_colours(shape):
+    assert not match_colors(torch.randn(2, 4, *shape), torch.zeros(2, 1, *shape)).any()
+
+
+def test_criterion_matches_the_colours():
+    labels = label_batch()
+    said = 20 * match_colors(torch.randn(3, 4, 64, 64), labels) - 10
+    assert MATCHERS.keys() == {"color"}
+    found = Criterion({"color": "wbce + dice"})({"color": said}, {"color": labels, "weight": torch.ones_like(labels)})
+    assert all(value.item() == pytest.approx(0, abs=0.01) for value in found.values())

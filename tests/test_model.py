@@ -9,28 +9,49 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import Config, Valid
+from config import Config
+from detector import MaskRCNN
 from helper import load_checkpoint, save_checkpoint
 from loss import Criterion
 from metric import average_precision
-from model import MODELS, build_model, load_model, model_options
-from postprocess import instances
-from predict import predict_probs
+from model import MODELS, build_model, load_model, main, model_options
+from network import HEAD_CHANNELS
+from predict import Segmenter
 from synthetic import draw_sample
-from target import make_targets
+from target import make_targets, plan_targets
 
 CPU = torch.device("cpu")
 SIZES = [(32, 48), (37, 21), (1, 40), (40, 1), (1, 1)]
-# Millions of parameters; a dilated network has as many as its plain one.
+#: Millions of parameters: trainable ones of the row as it is, and all. A dilated network has as many as its plain one.
 PARAMETERS = {
-    "unet": 1.94, "caunet": 2.71, "camunet": 3.47, "camdunet": 3.47, "scamunet": 1.94, "dunet": 1.94, "scamdunet": 1.94,
+    "unet": (1.94, 1.94), "caunet": (2.71, 2.71), "camunet": (3.47, 3.47), "dunet": (1.94, 1.94),
+    "camdunet": (3.47, 3.47), "scamunet": (1.94, 1.94), "scamdunet": (1.94, 1.94), "distunet": (2.71, 2.71),
+    "colorunet": (2.71, 2.71), "vgg_unet": (9.44, 24.16), "res_unet": (3.11, 24.40), "dense_unet": (37.45, 44.40),
+    "res_camunet": (9.34, 30.63), "res_samunet": (3.12, 24.40), "lite_camunet": (5.04, 5.04), "dcan": (5.96, 5.96),
+    "msdnet": (0.05, 0.05), "maskrcnn": (5.60, 5.60),
 }  # fmt: skip
-every_model = pytest.mark.parametrize("name", MODELS)
+#: One row of each family, tested every time; the others are slow.
+QUICK = ("unet", "scamunet", "colorunet", "lite_camunet", "dcan", "msdnet", "maskrcnn")
+PLAIN = ("unet", "caunet", "camunet", "dunet", "camdunet", "scamunet", "scamdunet", "distunet", "colorunet")
+ROWS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+#: Steps and learning rate of the rows that need their own to learn four images.
+STEPS = {"msdnet": (300, 0.004), "maskrcnn": (300, 0.001)}
+every_model = pytest.mark.parametrize("name", ROWS)
+every_plain = pytest.mark.parametrize("name", PLAIN)
 
 
 def fresh(name: str, seed: int = 0, **options) -> torch.nn.Module:
     torch.manual_seed(seed)
     return build_model(name, **options)
+
+
+def loss_of(model: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+    """Something to take the gradient of."""
+    if isinstance(model, MaskRCNN):
+        labels = torch.zeros(len(image), 1, *image.shape[2:])
+        labels[..., 8:22, 8:24], labels[..., 30:50, 20:44] = 1, 2
+        return sum(model.losses(image, {"instance": labels}).values())
+    return sum(F.softplus(value).mean() for value in model(image).values())
 
 
 def random_image(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -41,12 +62,11 @@ def random_image(*shape: int, seed: int = 0) -> torch.Tensor:
 @torch.inference_mode()
 def test_logits_of_each_head_at_the_size_of_the_image(name):
     model = fresh(name).eval()
-    assert model.heads == tuple(MODELS[name]["heads"])
     for size in SIZES:
         logits = model(random_image(1, 3, *size))
         assert tuple(logits) == model.heads
-        for value in logits.values():
-            assert value.shape == (1, 1, *size)
+        for head, value in logits.items():
+            assert value.shape == (1, HEAD_CHANNELS.get(head, 1), *size)
             assert value.dtype == torch.float32
             assert torch.isfinite(value).all()
 
@@ -54,8 +74,8 @@ def test_logits_of_each_head_at_the_size_of_the_image(name):
 @every_model
 def test_backward_reaches_every_parameter(name):
     model = fresh(name).train()
-    logits = model(random_image(2, 3, 32, 32))
-    sum(F.softplus(value).mean() for value in logits.values()).backward()
+    model.freeze(False)
+    loss_of(model, random_image(2, 3, 64, 64)).backward()
     for parameter, tensor in model.named_parameters():
         assert tensor.grad is not None, parameter
         assert torch.isfinite(tensor.grad).all(), parameter
@@ -92,7 +112,7 @@ def test_mean_and_std_normalise_the_input():
     assert {"mean", "std"} <= other.state_dict().keys()
 
 
-@every_model
+@every_plain
 @torch.inference_mode()
 def test_each_head_has_its_decoder_or_all_share_one(name):
     model = fresh(name).eval()
@@ -112,7 +132,26 @@ def test_every_row_has_a_known_size():
 
 @every_model
 def test_number_of_parameters(name):
-    assert round(sum(p.numel() for p in build_model(name).parameters()) / 1e6, 2) == PARAMETERS[name]
+    model = build_model(name)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in model.parameters())
+    assert (round(trainable / 1e6, 2), round(whole / 1e6, 2)) == PARAMETERS[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "encoder", "trainable"),
+    [
+        ("res_unet", "resnet18", 3.11),
+        ("res_unet", "resnet101", 48.46),
+        ("dense_unet", "densenet201", 98.52),
+        ("res_camunet", "resnet18", 9.34),
+    ],
+)
+def test_trainable_parameters_of_other_encoders(name, encoder, trainable):
+    """Counted by hand from the widths; the plan's own figures for the large ones are a tenth of these."""
+    model = build_model(name, encoder=encoder)
+    assert round(sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6, 2) == trainable
 
 
 @every_model
@@ -127,11 +166,14 @@ def test_same_seed_same_weights_and_no_connection(name, monkeypatch):
     assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
 
 
+BLOCKS = {"order": "cna", "activation": "elu", "norm": "group", "dropout": 0.2}
+
+
 @every_model
 def test_checkpoint_rebuilds_the_network_without_an_ini(name, tmp_path, monkeypatch):
-    options = {"order": "cna", "activation": "elu", "norm": "group", "dropout": 0.2, "mean": [0.1, 0.2, 0.3]}
+    options = {**(BLOCKS if name in PLAIN else {}), "mean": [0.1, 0.2, 0.3]}
     model = fresh(name, **options)
-    model(random_image(2, 3, 32, 32))
+    loss_of(model, random_image(2, 3, 64, 64))
     state = {"model": model.name, "options": model.options, "weights": model.state_dict(), "epoch": 3, "config": {}}
     save_checkpoint(tmp_path / "a.pkl", state)
     monkeypatch.chdir(tmp_path)
@@ -217,32 +259,98 @@ def test_model_options_come_from_the_settings():
         model_options(Config(widths={"camunte": 64}))
 
 
-def overfit(name: str, n_steps: int) -> tuple[float, float, float]:
+@pytest.mark.parametrize(
+    ("param", "message"),
+    [
+        ({"model": "msdnet", "encoder": "resnet18"}, "encoder = resnet18: msdnet has encoder of its own"),
+        ({"model": "maskrcnn", "heads": ("contour",)}, r"heads = \['contour'\]: maskrcnn has heads of its own"),
+    ],
+)
+def test_what_a_network_does_not_let_one_choose_is_named(param, message):
+    with pytest.raises(ValueError, match=message):
+        model_options(Config.model_validate({"param": param}))
+
+
+def test_heads_encoder_and_arguments_are_free_to_combine():
+    param = {"model": "dcan", "encoder": "efficientnet_lite0", "heads": "distance, color", "options": '{"features": 4}'}
+    options = model_options(Config.model_validate({"param": param, "pre": {"std": [1, 1, 1]}}))
+    model = build_model("dcan", **options).eval()
+    assert model.heads == ("distance", "color")
+    assert model.std.flatten().tolist() == [1, 1, 1]
+    assert model.mean.flatten().tolist() == pytest.approx([127 / 255] * 3)  # the encoder's own
+    assert model.readers["color"][0][0].out_channels == 4
+    assert model(random_image(1, 3, 40, 33))["color"].shape == (1, 4, 40, 33)
+
+
+def test_msdnet_takes_depth_width_and_dilations():
+    model = build_model("msdnet", depth=4, width=3, dilations=(1, 5), heads=("semantic",))
+    assert sum(p.numel() for p in model.parameters()) == 9 * 3 * (3 + 6 + 9 + 12) + 12 + 16
+    assert model(random_image(1, 3, 9, 8))["semantic"].shape == (1, 1, 9, 8)
+
+
+def test_dcan_supervises_its_summands_in_training():
+    model, image = fresh("dcan").train(), random_image(2, 3, 32, 48)
+    logits = model(image)
+    assert list(logits)[:4] == ["semantic", "semantic@1", "semantic@2", "semantic@3"]
+    total = sum(logits[f"contour@{i}"] for i in (1, 2, 3))
+    assert torch.allclose(logits["contour"], total, atol=1e-5)
+    assert tuple(model.eval()(image)) == ("semantic", "contour")
+
+
+def test_a_frozen_encoder_stays_as_it_is():
+    model, image = fresh("lite_camunet", frozen=True).train(), random_image(2, 3, 64, 64)
+    before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
+    loss_of(model, image).backward()
+    assert all(parameter.grad is None for parameter in model.encoder.parameters())
+    assert all(parameter.grad is not None for parameter in model.decoders.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.encoder.state_dict().items())
+    model.freeze(False)
+    assert model.encoder.training
+    loss_of(model, image).backward()
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+    assert not all(torch.equal(value, before[name]) for name, value in model.encoder.state_dict().items())
+
+
+def test_the_table_and_the_picture_on_the_command_line(tmp_path, capsys):
+    assert main(["unet", "unet:resnet18", "--size", "32"]) == 0
+    head, _, plain, res = capsys.readouterr().out.strip().splitlines()
+    assert "trainable (M)" in head and "32 px" in head
+    assert plain.split("|")[2:4] != res.split("|")[2:4] and "1.94" in plain
+    assert main(["msdnet", "--graph", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    assert main(["unet", "caunet", "--graph", str(tmp_path / "b.png")]) == 2
+    assert main(["unett"]) == 2
+    assert "did you mean 'unet'" in capsys.readouterr().err
+
+
+def draw_four(touching: bool) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [draw_sample(seed, (64, 64), "dense", n_nuclei=5, touching=touching) for seed in range(4)]
+
+
+def overfit(name: str, n_steps: int, rate: float = 0.004) -> tuple[float, float, float]:
     """First and last loss on four images, and the mean AP at IoU 0.5 on them."""
-    touching = len(MODELS[name]["heads"]) > 1
-    samples = [draw_sample(seed, (64, 64), "dense", n_nuclei=5, touching=touching) for seed in range(4)]
-    config = Config()
+    config = Config.model_validate({"valid": {"test_time_augment": (), "border": 0}})
     model = fresh(name).train()
-    plan = {head: head for head in model.heads}
+    model.freeze(False)  # as `train.py` does where an encoder starts without weights
+    samples = draw_four(touching=model.heads != ("semantic",))
+    plan = plan_targets(model.heads, config.pre, config.contour)
     targets = [make_targets(labels, plan, "border") for _, labels in samples]
     batch = {key: torch.from_numpy(np.stack([t[key] for t in targets])) for key in targets[0]}
     images = torch.from_numpy(np.stack([image.transpose(2, 0, 1) for image, _ in samples]))
-    criterion = Criterion({head: getattr(config.loss, head) for head in model.heads})
-    optimizer = torch.optim.Adam(model.parameters(), 0.004)
+    criterion = Criterion({head: getattr(config.loss, head) for head in model.heads if head != "instance"})
+    optimizer = torch.optim.Adam(model.parameters(), rate)
     history = []
     for step in range(n_steps):
-        optimizer.param_groups[0]["lr"] = 0.004 * (1 - step / n_steps)
-        total = sum(criterion(model(images), batch).values())
+        optimizer.param_groups[0]["lr"] = rate * min(1, step / 10) * (1 - step / n_steps)
+        losses = model.losses(images, batch) if isinstance(model, MaskRCNN) else criterion(model(images), batch)
+        total = sum(losses.values())
         optimizer.zero_grad()
         total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         history.append(float(total.detach()))
-    model.eval()
-    valid = Valid(test_time_augment=(), border=0)
-    scores = []
-    for image, labels in samples:
-        probs = predict_probs(image, [model], valid, config.thresholds, 64, CPU)
-        scores.append(average_precision(labels, instances(probs, config.post, config.thresholds), [0.5])[0])
+    segmenter = Segmenter([model.eval()], config, CPU, torch.float32)
+    scores = [average_precision(labels, segmenter(image), [0.5])[0] for image, labels in samples]
     return history[0], history[-1], float(np.mean(scores))
 
 
@@ -253,8 +361,9 @@ def test_a_network_learns():
 
 
 @pytest.mark.slow
-@every_model
+@pytest.mark.parametrize("name", MODELS)
 def test_every_network_learns(name):
-    first, last, score = overfit(name, 140)
+    n_steps, rate = STEPS.get(name, (140, 0.004))
+    first, last, score = overfit(name, n_steps, rate)
     assert last < 0.5 * first
-    assert score >= 0.9
+    assert score >= (0.7 if name == "maskrcnn" else 0.9)

@@ -11,11 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from PIL import Image
 
 import plot
+from footprint import Block, trace_blocks
 from labels import adjacency, boundaries
-from plot import colorize, compare, heatmap, overlay, palette, save, show, side_by_side
+from model import build_model
+from plot import colorize, compare, draw_network, heatmap, overlay, palette, save, show, side_by_side
 from synthetic import draw_sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,3 +277,94 @@ def test_show_in_a_notebook(figure, monkeypatch):
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     assert show(figure) is True
     assert shown == [("png", b"\x89PNG")]
+
+
+# Networks
+
+
+def unet_blocks(n_decoders):
+    """Two strides, a skip and a head a decoder, as `trace_blocks` would give them."""
+    blocks = [
+        Block("image", "image", (3, 64, 64), 1),
+        Block("encoder.stages.0", "ConvBlock", (16, 64, 64), 1),
+        Block("encoder.pool", "MaxPool2d", (16, 32, 32), 2),
+        Block("encoder.stages.1", "3 x InvertedResidual", (32, 32, 32), 2),
+    ]
+    edges = [(0, 1), (1, 2), (2, 3)]
+    for number in range(n_decoders):
+        up = len(blocks)
+        blocks += [
+            Block(f"decoders.{number}.up.0", "ConvTranspose2d", (16, 64, 64), 1),
+            Block(f"decoders.{number}.blocks.0", "ConvBlock", (16, 64, 64), 1),
+            Block(f"outputs.head_{number}", "Conv2d", (1, 64, 64), 1),
+        ]
+        edges += [(3, up), (1, up + 1), (up, up + 1), (up + 1, up + 2)]
+    return blocks, edges
+
+
+def drawn(figure):
+    """Extents in pixels of the boxes, and the texts within them, in the order of the blocks."""
+    (ax,) = figure.axes
+    figure.draw_without_rendering()
+    boxes = [p.get_window_extent() for p in ax.patches if isinstance(p, FancyBboxPatch)]
+    texts = [t for t in ax.texts if t.get_zorder() == 4]
+    return boxes, texts
+
+
+@pytest.fixture(params=[1, 3, "camunet"])
+def network(request):
+    return trace_blocks(build_model("camunet")) if request.param == "camunet" else unet_blocks(request.param)
+
+
+def test_boxes_lie_apart_and_hold_their_text(network):
+    figure = draw_network(*network, "a title")
+    boxes, texts = drawn(figure)
+    assert len(boxes) == len(texts) == len(network[0])
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+        text = texts[i].get_window_extent()
+        assert box.x0 < text.x0 and text.x1 < box.x1 and box.y0 < text.y0 and text.y1 < box.y1
+        assert figure.bbox.x0 < box.x0 and box.x1 < figure.bbox.x1 and figure.bbox.y0 < box.y0
+    title = [t.get_window_extent() for t in figure.axes[0].texts if t.get_text() == "a title"]
+    assert len(title) == 1 and not any(box.overlaps(title[0]) for box in boxes)
+
+
+def test_arrows_run_between_the_boxes(network):
+    figure = draw_network(*network)
+    boxes, _ = drawn(figure)
+    arrows = [p for p in figure.axes[0].patches if isinstance(p, FancyArrowPatch)]
+    assert len(arrows) == len(network[1])
+    for arrow in arrows:
+        curve = figure.axes[0].transData.transform_path(arrow.get_path())
+        ways = np.concatenate([piece(np.linspace(0, 1, 50)) for piece, _ in curve.iter_bezier()])
+        for box in boxes:
+            inner = box.padded(-2)
+            assert not ((ways > inner.min) & (ways < inner.max)).all(axis=1).any()
+
+
+def test_a_network_goes_down_and_comes_up():
+    blocks, edges = unet_blocks(3)
+    boxes, texts = drawn(draw_network(blocks, edges))
+    (image, first, pool, deep, *_), ups, outputs = boxes, boxes[4::3], boxes[6::3]
+    assert image.x1 < first.x0 and first.x0 == pool.x0 and pool.y1 < first.y0
+    assert pool.x1 < deep.x0 and pool.y0 == deep.y0 and deep.y1 < min(box.y0 for box in ups)
+    assert len({box.x0 for box in ups}) == 1 and ups[0].y0 > ups[1].y1 and ups[1].y0 > ups[2].y1
+    assert min(box.x0 for box in outputs) == max(box.x0 for box in boxes)
+    assert [text.get_text() for text in texts][2:7] == [
+        "MaxPool2d\n16", "3 x Inverted\nResidual\n32", "Conv\nTranspose2d\n16", "ConvBlock\n16", "head_0\nConv2d\n1",
+    ]  # fmt: skip
+
+
+def test_skips_are_paler_and_kinds_have_a_colour():
+    blocks, edges = unet_blocks(1)
+    (ax,) = draw_network(blocks, edges).axes
+    shades = [p.get_edgecolor()[0] for p in ax.patches if isinstance(p, FancyArrowPatch)]
+    assert shades[edges.index((1, 5))] > 0.5 and sum(shade > 0.5 for shade in shades) == 1
+    colors = [p.get_facecolor() for p in ax.patches if isinstance(p, FancyBboxPatch)]
+    assert colors[1] == colors[5] and len(set(colors)) == len({block.kind for block in blocks})
+    assert min(min(color) for color in colors) > 0.5  # black letters on it
+
+
+def test_a_network_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="0 blocks"):
+        draw_network([], [])

@@ -8,12 +8,13 @@ from scipy import ndimage as ndi
 from skimage.segmentation import random_walker
 
 from config import Post
+from labels import color
 from metric import average_precision
 from postprocess import MARKERS, POLICIES, instances, separate_walker
 from synthetic import draw_sample
 from target import make_targets
 
-HALF = {"semantic": 0.5, "contour": 0.5, "marker": 0.5}
+HALF = {"semantic": 0.5, "contour": 0.5, "marker": 0.5, "distance": 0.5, "color": 0.5}
 BARE = {"remove_objects": False, "fill_holes": False}
 PLAN = {head: head for head in HALF}
 every_policy = pytest.mark.parametrize("policy", POLICIES)
@@ -32,19 +33,31 @@ TOUCHING = disks((20, 18), (24, 36), (20, 53))
 
 def ideal(labels: np.ndarray, heads: tuple[str, ...] = tuple(HALF)) -> dict[str, np.ndarray]:
     """What a sure network would say."""
-    maps = make_targets(labels, {head: head for head in heads})
-    return {head: 0.02 + 0.96 * value[0] for head, value in maps.items()}
+    maps = make_targets(labels, {head: head for head in heads if head != "color"})
+    probs = {head: 0.02 + 0.96 * value[0] for head, value in maps.items()}
+    if "color" in heads:
+        colors = color(labels)[labels]
+        probs["color"] = np.stack([0.02 + 0.96 * (colors == c).astype(np.float32) for c in range(1, 5)])
+    return probs
 
 
 def flat(mask: np.ndarray, high: float = 0.9) -> dict[str, np.ndarray]:
-    return {"semantic": np.where(mask, high, 0.1).astype(np.float32)}
+    semantic = np.where(mask, high, 0.1).astype(np.float32)
+    return {"semantic": semantic, "color": np.stack([semantic] * 4)}
 
 
 def random_probs(seed: int, shape: tuple[int, int] = (48, 56), scale: float = 3.0) -> dict[str, np.ndarray]:
     """Smooth noise in [0, 1], a map a head."""
     rng = np.random.default_rng(seed)
     smooth = [ndi.gaussian_filter(rng.standard_normal(shape), scale) for _ in HALF]
-    return {head: (1 / (1 + np.exp(-3 * x / x.std()))).astype(np.float32) for head, x in zip(HALF, smooth, strict=True)}
+    maps = [(1 / (1 + np.exp(-3 * x / x.std()))).astype(np.float32) for x in smooth]
+    probs = dict(zip(HALF, maps, strict=True))
+    return {**probs, "color": np.stack([np.roll(probs["color"], 7 * c, 1) for c in range(4)])}
+
+
+def equal(value: float, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    maps = {head: np.full(shape, value, np.float32) for head in HALF}
+    return {**maps, "color": np.stack([maps["color"]] * 4)}
 
 
 @every_source
@@ -57,7 +70,7 @@ def test_touching_disks_come_apart(policy, source):
     assert average_precision(TOUCHING, found, [0.85]) == [1.0]
 
 
-@pytest.mark.parametrize("source", ["marker", "contour"])  # peaks cannot know where odd shapes meet
+@pytest.mark.parametrize("source", ["marker", "contour", "color", "distance"])  # peaks do not know
 @every_policy
 def test_synthetic_nuclei_come_back(policy, source):
     _, labels = draw_sample(5, (96, 96), "fluorescence", n_nuclei=6)
@@ -69,7 +82,7 @@ def test_synthetic_nuclei_come_back(policy, source):
 @every_policy
 @pytest.mark.parametrize("value", [0.0, 0.5, 0.2])
 def test_blank_in_blank_out(policy, source, value):
-    probs = {head: np.full((20, 30), value, np.float32) for head in HALF}
+    probs = equal(value, (20, 30))
     found = instances(probs, Post(policy=policy, marker=source), HALF)
     assert found.dtype == np.int32
     assert found.shape == (20, 30)
@@ -80,7 +93,7 @@ def test_blank_in_blank_out(policy, source, value):
 @every_policy
 @pytest.mark.parametrize("shape", [(24, 30), (1, 1), (1, 9), (9, 1)])
 def test_an_image_of_ones_is_one_nucleus(policy, source, shape):
-    probs = {head: np.ones(shape, np.float32) for head in HALF}
+    probs = equal(1.0, shape)
     found = instances(probs, Post(policy=policy, marker=source, min_object_size=0), HALF)
     assert np.array_equal(found, np.ones(shape, np.int32))
 
@@ -175,19 +188,6 @@ def test_without_segmentation_blobs_stay_whole(policy):
     assert np.array_equal(found, np.select([labels == 3, labels > 0], [2, 1]))
 
 
-def test_auto_takes_the_marker_then_the_contour_then_peaks():
-    labels = disks((20, 18), (20, 36), (20, 54))
-    probs = ideal(labels)
-    probs["marker"] = ideal(disks((20, 27), (20, 54), radius=4))["semantic"]
-    probs["contour"][:] = 0.0
-    probs["contour"][:, 27] = 1.0
-    del (contour_too := dict(probs))["marker"]
-    assert instances(probs, Post(), HALF).max() == 2
-    assert np.array_equal(instances(contour_too, Post(), HALF), instances(probs, Post(marker="contour"), HALF))
-    assert instances(contour_too, Post(), HALF).max() == 2
-    assert instances({"semantic": probs["semantic"]}, Post(), HALF).max() == 3
-
-
 def test_seg_scale_sets_how_far_apart_peaks_are():
     probs = ideal(TOUCHING, ("semantic",))
     assert instances(probs, Post(seg_scale=0.3), HALF).max() == 3
@@ -207,16 +207,10 @@ def test_seg_ratio_leaves_large_clumps_out_of_the_typical_size():
 def test_threshold_of_each_head_is_its_own(head):
     probs = ideal(TOUCHING)
     high = {**HALF, head: 0.99}
-    found = {source: instances(probs, Post(marker=source), high).max() for source in ("marker", "contour")}
-    # Nothing is semantic; no contour parts the disks; no marker does.
-    assert (
-        found
-        == {
-            "semantic": {"marker": 0, "contour": 0},
-            "contour": {"marker": 3, "contour": 1},
-            "marker": {"marker": 1, "contour": 3},
-        }[head]
-    )
+    sources = [name for name in HALF if name != "semantic"]
+    found = {source: instances(probs, Post(marker=source), high).max() for source in sources}
+    # Nothing is semantic; no contour parts the disks; no marker, middle or colour does.
+    assert found == {source: 0 if head == "semantic" else 1 if head == source else 3 for source in sources}
 
 
 def test_small_objects_go_where_asked():
@@ -260,9 +254,35 @@ def test_a_fiber_is_dropped_where_asked():
         (("semantic",), {"marker": "marker"}, "no head 'marker'; there are: semantic"),
         (("semantic", "marker"), {"marker": "contour"}, "no head 'contour'; there are: semantic, marker"),
         (("semantic",), {"policy": "wss"}, "unknown policy 'wss'; did you mean 'ws'.; there are: ws, rw"),
+        (("semantic", "marker"), {"policy": "color", "marker": "marker"}, "no head 'color'; there are: semantic"),
+        (("semantic", "marker"), {"policy": "color"}, "no head 'color'; there are: semantic, marker"),
         (("semantic",), {"marker": "peaks"}, "unknown source of markers 'peaks'; did you mean 'peak'"),
     ],
 )
 def test_what_is_not_there_is_named(heads, options, message):
     with pytest.raises(ValueError, match=message):
         instances(ideal(TOUCHING, heads), Post(**options), HALF)
+
+
+@pytest.mark.parametrize(
+    ("heads", "options", "same"),
+    [
+        (("semantic", "color"), {}, {"policy": "color", "marker": "color"}),
+        (("semantic", "marker", "color"), {}, {"policy": "ws", "marker": "marker"}),
+        (("semantic", "marker", "color"), {"policy": "color"}, {"policy": "color", "marker": "color"}),
+        (("semantic", "distance", "contour"), {}, {"policy": "ws", "marker": "distance"}),
+        (("semantic", "contour"), {}, {"policy": "ws", "marker": "contour"}),
+        (("semantic",), {}, {"policy": "ws", "marker": "peak"}),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_auto_takes_what_the_heads_allow(heads, options, same, seed):
+    probs = {head: value for head, value in random_probs(seed).items() if head in heads}
+    assert np.array_equal(instances(probs, Post(**options), HALF), instances(probs, Post(**same), HALF))
+
+
+def test_specks_of_another_colour_are_no_nuclei():
+    probs = ideal(TOUCHING, ("semantic", "color"))
+    probs["color"][:, 18:20, 16:18] = probs["color"][::-1, 18:20, 16:18]
+    found = instances(probs, Post(), HALF)
+    assert average_precision(TOUCHING, found, [0.95]) == [1.0]
