@@ -29,8 +29,8 @@ SPLIT_KEYS = tuple(
 #: What a checkpoint knows better than the defaults: how its network wants to see images, and what was tuned for it.
 CHECKPOINT_KEYS = (
     "default.width", "param.threshold", "param.threshold_edge", "param.threshold_mark", "param.threshold_distance",
-    "param.threshold_color", "pre.channels", "pre.percentile_low", "pre.percentile_high", "pre.stretch",
-    "contour.detect", "contour.exclusive",
+    "param.threshold_color", "pre.channels", "pre.mean", "pre.std", "pre.percentile_low", "pre.percentile_high",
+    "pre.stretch", "contour.detect", "contour.exclusive", "post.min_score",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -43,6 +43,12 @@ def _split_list(value: Any) -> Any:
 def _parse_json(value: Any) -> Any:
     """A JSON value; nothing is what the default is made of."""
     return (json.loads(value) if value.strip() else None) if isinstance(value, str) else value
+
+
+def _freeze_epochs(value: Any) -> Any:
+    if isinstance(value, str) and value not in ("auto", "forever") and not value.isdecimal():
+        raise ValueError("wanted a number of epochs, auto or forever")
+    return value
 
 
 def _empty_to_none(value: Any) -> Any:
@@ -63,7 +69,7 @@ Views = Annotated[tuple[str, ...], BeforeValidator(_views)]
 Channels = Annotated[tuple[int, ...], BeforeValidator(_split_list), Field(max_length=3)]
 OptionalTriple = Annotated[tuple[float, float, float] | None, BeforeValidator(_parse_json)]
 Options = Annotated[dict[str, Any], BeforeValidator(lambda value: _parse_json(value) or {})]
-FreezeEpochs = Literal["auto", "forever"] | Annotated[int, Field(ge=0)]
+FreezeEpochs = Annotated[Literal["auto", "forever"] | Annotated[int, Field(ge=0)], BeforeValidator(_freeze_epochs)]
 OptionalBool = Annotated[bool | None, BeforeValidator(_empty_to_none)]
 OptionalInt = Annotated[int | None, BeforeValidator(_empty_to_none)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_empty_to_none)]

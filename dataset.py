@@ -19,6 +19,7 @@ from torch import Tensor
 from config import Config
 from image import Cache
 from labels import fill_holes, relabel, remove_small
+from loss import parse_terms
 from record import Record, balance_weights
 from target import make_targets, plan_targets
 from transform import Sample, build_transform
@@ -56,7 +57,7 @@ class NucleiDataset:
         self.cache = cache
         self.seed = config.train.seed
         self.plan = plan_targets(heads, config.pre, config.contour)
-        self.weight = config.param.weight if config.param.weight_map else None
+        self.weight = config.param.weight if config.param.weight_map and _weighs(config, heads) else None
         self.transform = build_transform(config.pre, config.width, config.contour.precise)
         self.clean = build_cleaner(config)
         self.balance = balance_weights(records) if config.train.balance_group else None
@@ -93,6 +94,12 @@ class NucleiDataset:
         steps = np.cumsum(self.balance)
         drawn = np.searchsorted(steps, np.arange(len(self)) + rng.random(), side="right")
         return rng.permutation(np.minimum(drawn, len(self) - 1)).tolist()
+
+
+def _weighs(config: Config, heads: tuple[str, ...]) -> bool:
+    """Whether any head has a loss that weighs its pixels."""
+    rules = [getattr(config.loss, head, "") for head in heads]
+    return any(weighted for rule in rules if rule for *_, weighted in parse_terms(rule))
 
 
 def build_cleaner(config: Config) -> Callable[[NDArray[np.int32]], NDArray[np.int32]]:

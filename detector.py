@@ -37,21 +37,21 @@ LOSSES = {
     "loss_rpn_box_reg": "instance/rpn_box",
 }
 
+#: What is found in one image, or is to be: boxes (N, 4), labels (N,), masks, and when found scores (N,).
 Detections = dict[str, Tensor]
+FloatMap = NDArray[np.float32]
 
 
 class MaskRCNN(Network):
     """Mask R-CNN (He et al. 2017, doi:10.1109/ICCV.2017.322) for many small nuclei.
 
-    torchvision's parts, on a feature pyramid (Lin et al. 2017, doi:10.1109/CVPR.2017.106) of the encoder's maps. Unlike
-    torchvision's own network it never resizes the image, starts from anchors of a few pixels, and has narrow heads: two
-    classes ask for little.
+    torchvision's parts on a feature pyramid (Lin et al. 2017, doi:10.1109/CVPR.2017.106). Unlike torchvision's network
+    it never resizes the image, starts from anchors of a few pixels, and has narrow heads: two classes ask for little.
 
     Parameters
     ----------
     encoder : module
-        With `channels` and `strides` (powers of two), finest first; its `forward` returns the list of maps. Maps finer
-        than `FINEST_STRIDE` are not used.
+        With `channels` and `strides` (powers of two), finest first; its `forward` returns the list of maps.
     mean, std : three floats
         Normalisation of RGB in [0, 1].
     channels : int
@@ -88,7 +88,7 @@ class MaskRCNN(Network):
         self.levels = [i for i, stride in enumerate(strides) if stride >= FINEST_STRIDE]
         if not self.levels:
             raise ValueError(f"encoder of strides {strides}: Mask R-CNN wants a map of stride {FINEST_STRIDE} or more")
-        # Normed, since the heads have no norms of their own and encoders differ a hundredfold in the scale of their maps.
+        # Normed, since the heads have no norms of their own and the maps of encoders differ in scale a hundredfold.
         norm = partial(nn.GroupNorm, GROUPS)
         self.pyramid = FeaturePyramidNetwork([widths[i] for i in self.levels], channels, norm_layer=norm)
         self.rpn = _proposal_network(channels, len(self.levels), samples, detections)
@@ -108,8 +108,7 @@ class MaskRCNN(Network):
         Returns
         -------
         dict
-            Scalars, float32, named as in `LOSSES`. Which anchors and boxes are learned from is drawn by torch's
-            generator.
+            Scalars, float32, named as in `LOSSES`; torch's generator draws which anchors and boxes are learned from.
 
         Raises
         ------
@@ -145,20 +144,15 @@ class MaskRCNN(Network):
             The greatest product of score and mask probability of all detections, weak ones too.
         """
         (found,) = self._detect(image[None])
-        shape = (image.shape[-2], image.shape[-1])
-        labels, foreground = _paint(found, shape, score, threshold)
+        labels, foreground = _paint(found, image.shape[-2:], score, threshold)
         return torch.from_numpy(labels).to(image.device), torch.from_numpy(foreground).to(image.device)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Logits of the foreground, (B, 1, H, W) float32, for (B, 3, H, W) images; no gradient flows through them.
+        """(B, 3, H, W) images -> "instance": (B, 1, H, W) float32 logits of the foreground, in evaluation mode.
 
-        Raises
-        ------
-        RuntimeError
-            The network is in training mode.
+        No gradient flows through them; `losses` is what trains.
         """
-        shape = (image.shape[-2], image.shape[-1])
-        maps = [torch.from_numpy(_paint(found, shape)[1]) for found in self._detect(image)]
+        maps = [torch.from_numpy(_paint(found, image.shape[-2:])[1]) for found in self._detect(image)]
         return {"instance": torch.logit(torch.stack(maps)[:, None].to(image.device), eps=1e-6)}
 
     def _detect(self, image: Tensor) -> list[Detections]:
@@ -167,14 +161,12 @@ class MaskRCNN(Network):
             raise RuntimeError("MaskRCNN predicts in evaluation mode (model.eval()); train it through MaskRCNN.losses")
         return self._run(image)[0]
 
-    def _run(
-        self, image: Tensor, truth: list[Detections] | None = None
-    ) -> tuple[list[Detections], dict[str, Tensor]]:
+    def _run(self, image: Tensor, truth: list[Detections] | None = None) -> tuple[list[Detections], dict[str, Tensor]]:
         """Detections in evaluation mode, losses in training mode."""
         x = self.pad(self.normalize(image))
         maps = self.encoder(x)
         features = self.pyramid({str(level): maps[i] for level, i in enumerate(self.levels)})
-        # Anchors take the dtype of the maps, and the 8 bits of bfloat16 place a box no better than a nucleus is wide.
+        # Anchors take the dtype of the maps, and at 1000 px bfloat16 has steps of 4: as wide as a small nucleus.
         with torch.autocast(x.device.type, enabled=False):
             features = {level: feature.float() for level, feature in features.items()}
             # The padded size: torchvision tells a map's stride from the ratio of the sizes.
@@ -225,18 +217,10 @@ def _roi_heads(channels: int, n_levels: int, width: int, samples: int, detection
 
 
 def _make_target(labels: Tensor) -> Detections:
-    """Boxes, classes and masks of a label map, as torchvision wants them.
+    """Boxes, classes and masks of a label map (H, W), in order of increasing id, as torchvision wants them.
 
-    Parameters
-    ----------
-    labels : (H, W)
-        0 is background; ids need not be sequential.
-
-    Returns
-    -------
-    dict
-        In order of increasing id: boxes (N, 4) float32, (x1, y1, x2, y2) with the far sides exclusive, so that one
-        pixel is a box of area 1; labels (N,) int64, all 1; masks (N, H, W) bool.
+    Boxes are (N, 4) float32, (x1, y1, x2, y2) with the far sides exclusive, so that one pixel has an area of 1; labels
+    are (N,) int64, all 1; masks are (N, H, W) bool.
     """
     ids = labels.unique()
     ids = ids[ids > 0]
@@ -253,39 +237,35 @@ def _span(hit: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _paint(
-    found: Detections, shape: tuple[int, int], score: float = 0.5, threshold: float = 0.5
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Detections -> label map and foreground probability; see `MaskRCNN.instances`.
-
-    One box at a time, so that memory does not grow with their number.
-    """
+    found: Detections, shape: Sequence[int], score: float = 0.5, threshold: float = 0.5
+) -> tuple[NDArray[np.int32], FloatMap]:
+    """Label map and foreground probability, see `MaskRCNN.instances`; box by box, so that many need no more memory."""
     labels, foreground = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     boxes, scores, masks = (found[name].detach().cpu().numpy() for name in ("boxes", "scores", "masks"))
+    n_nuclei = 0
     for i in np.argsort(-scores, kind="stable"):
         window, probs = _paste(masks[i, 0], boxes[i], shape)
         np.maximum(foreground[window], scores[i] * probs, out=foreground[window])
         claimed = probs > threshold
         free = claimed & (labels[window] == 0)
         if scores[i] >= score and free.any() and 2 * free.sum() >= claimed.sum():
-            labels[window][free] = labels.max() + 1
+            n_nuclei += 1
+            labels[window][free] = n_nuclei
     return labels, foreground
 
 
-def _paste(
-    mask: NDArray[np.float32], box: NDArray[np.float32], shape: tuple[int, int]
-) -> tuple[tuple[slice, slice], NDArray[np.float32]]:
-    """Where a mask lies in an image of `shape`, rows and columns, and its probability at the centres of those pixels.
+def _paste(mask: FloatMap, box: FloatMap, shape: Sequence[int]) -> tuple[tuple[slice, slice], FloatMap]:
+    """Rows and columns that a mask (M, M) takes up in an image of `shape`, and its probability at their centres.
 
     The box is not rounded: half a pixel matters to a nucleus of five.
     """
-    side = mask.shape[0]
-    x1, y1, x2, y2 = box.astype(float)
-    top, bottom = int(y1), min(int(np.ceil(y2)), shape[0])
-    left, right = int(x1), min(int(np.ceil(x2)), shape[1])
-    window = slice(top, bottom), slice(left, right)
-    if bottom <= top or right <= left:  # in the padding
-        return window, np.zeros((max(bottom - top, 0), max(right - left, 0)), np.float32)
-    zoom_x, zoom_y = side / (x2 - x1), side / (y2 - y1)
-    to_mask = np.array([[zoom_x, 0, (left + 0.5 - x1) * zoom_x - 0.5], [0, zoom_y, (top + 0.5 - y1) * zoom_y - 0.5]])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    return window, cv2.warpAffine(mask, to_mask, (right - left, bottom - top), flags=flags)
+    start, stop = box[1::-1].astype(float), box[:1:-1].astype(float)  # (y, x)
+    first = np.minimum(start, shape).astype(int)
+    height, width = size = np.minimum(np.ceil(stop), shape).astype(int) - first
+    window = slice(first[0], first[0] + height), slice(first[1], first[1] + width)
+    if not size.all():  # in the padding
+        return window, np.zeros(size, np.float32)
+    zoom_y, zoom_x = zoom = mask.shape[0] / (stop - start)
+    y, x = (first + 0.5 - start) * zoom - 0.5
+    to_mask = np.array([[zoom_x, 0, x], [0, zoom_y, y]])
+    return window, cv2.warpAffine(mask, to_mask, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)

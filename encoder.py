@@ -6,6 +6,7 @@ maps.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -22,6 +23,9 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from config import pick
 
 State = dict[str, Tensor]
+
+#: Channels of the stages of a plain encoder.
+WIDTHS = (16, 32, 64, 128, 256)
 
 #: Of the images most weights were trained on, RGB in [0, 1].
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -119,7 +123,7 @@ class PlainEncoder(Encoder):
         Of the second convolution of each stage.
     """
 
-    def __init__(self, widths: Sequence[int] = (16, 32, 64, 128, 256), dilation: int = 1, **options) -> None:
+    def __init__(self, widths: Sequence[int] = WIDTHS, dilation: int = 1, **options) -> None:
         super().__init__()
         self.channels = tuple(widths)
         self.strides = tuple(2**i for i in range(len(widths)))
@@ -146,10 +150,13 @@ class LibraryEncoder(Encoder):
         (B, 3, H, W) -> list of (B, C, H, W) maps, or dict of them.
     fetch : callable
         -> weights as the library gives them, which may involve a download.
-    read : callable, optional
-        Path -> weights of a file, where the library keeps them in another form than `body` does.
-    last : bool
+    channels_last : bool
         The maps come as (B, H, W, C).
+
+    Raises
+    ------
+    ValueError
+        The maps are not the image over whole numbers.
     """
 
     def __init__(
@@ -157,14 +164,13 @@ class LibraryEncoder(Encoder):
         name: str,
         body: nn.Module,
         fetch: Callable[[], State],
-        read: Callable[[Path], State] | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
-        last: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.name, self.body, self.last = name, body, last
-        self._fetch, self._read = fetch, read or _read_weights
+        self.name, self.body, self.channels_last = name, body, channels_last
+        self._fetch = fetch
         self.mean, self.std = tuple(mean), tuple(std)
         side = 64
         with torch.no_grad():
@@ -172,11 +178,15 @@ class LibraryEncoder(Encoder):
         self.train()
         self.channels = tuple(m.shape[1] for m in maps)
         self.strides = tuple(side // m.shape[2] for m in maps)
+        if any(stride * m.shape[2] != side for stride, m in zip(self.strides, maps, strict=True)):
+            raise ValueError(
+                f"{name}: {side} px make maps of {[m.shape[2] for m in maps]} px, which do not fit together"
+            )
 
     def forward(self, image: Tensor) -> list[Tensor]:
         maps = self.body(image)
         maps = list(maps.values()) if isinstance(maps, Mapping) else maps
-        return [m.permute(0, 3, 1, 2) for m in maps] if self.last else maps
+        return [m.permute(0, 3, 1, 2) for m in maps] if self.channels_last else maps
 
     def load_weights(self, source: str | Path) -> bool:
         if source == "none":
@@ -184,16 +194,18 @@ class LibraryEncoder(Encoder):
         if source == "imagenet":
             state = self._download()
         elif Path(source).is_file():
-            state = self._read(Path(source))
+            state = _read_weights(Path(source))
         else:
             raise FileNotFoundError(f"[param] encoder_weights = {source}: no such file (nor imagenet or none)")
         own = self.body.state_dict()
-        strange = [n for n, v in own.items() if n not in state or state[n].shape != v.shape]
-        strange = [n for n in strange if not n.endswith("num_batches_tracked")]  # older files lack these counters
-        if strange:
+        state = {_plain_name(name): value for name, value in state.items()}
+        state = {name: state[_plain_name(name)] for name in own if _plain_name(name) in state}
+        missing = [name for name, value in own.items() if name not in state or state[name].shape != value.shape]
+        missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # older files lack these
+        if missing:
             raise ValueError(
-                f"[param] encoder_weights = {source}: not the weights of {self.name}: {len(strange)} of {len(own)} "
-                f"tensors are missing or of another shape, such as {strange[0]}"
+                f"[param] encoder_weights = {source}: not the weights of {self.name}: {len(missing)} of {len(own)} "
+                f"tensors are missing or of another shape, such as {missing[0]}"
             )
         self.body.load_state_dict({n: state.get(n, v) for n, v in own.items()})
         return True
@@ -208,6 +220,13 @@ class LibraryEncoder(Encoder):
                 "connection; a file of these weights, encoder_weights = PATH; or encoder_weights = none, to train the "
                 "encoder from scratch. encoder = efficientnet_lite0 needs no connection"
             ) from error
+
+
+def _plain_name(name: str) -> str:
+    """A tensor's name, however a library writes it: timm wraps the insides of some networks and joins the names of
+    parts by another sign, and torchvision's files of DenseNet have a dot that its networks lost."""
+    name = re.sub(r"\.(norm|relu|conv)\.([12])\.", r".\1\2.", name)
+    return name.removeprefix("model.").replace(".", "_")
 
 
 def _read_weights(path: Path) -> State:
@@ -251,23 +270,14 @@ def _timm_encoder(name: str) -> LibraryEncoder:
     def build(**options: Any) -> nn.Module:
         return timm.create_model(name, features_only=True, **options)
 
-    def read(path: Path) -> State:
-        _read_weights(path)
-        try:
-            return build(pretrained=True, pretrained_cfg_overlay={"file": str(path)}).state_dict()
-        except RuntimeError as error:
-            raise ValueError(
-                f"[param] encoder_weights = {path}: not the weights of timm/{name}: {_line(error)}"
-            ) from None
-
-    preset = timm.get_pretrained_cfg(name)
-    looks = (preset.mean, preset.std) if preset else (IMAGENET_MEAN, IMAGENET_STD)
     problems = []
     for options in _FREE_SIZE:
         try:
             body = build(pretrained=False, **options)
+            preset = timm.get_pretrained_cfg(name)
+            mean_std = (preset.mean, preset.std) if preset else (IMAGENET_MEAN, IMAGENET_STD)
             last = str(getattr(body, "output_fmt", "")).endswith("NHWC")
-            return LibraryEncoder(f"timm/{name}", body, lambda: build(pretrained=True).state_dict(), read, *looks, last)
+            return LibraryEncoder(f"timm/{name}", body, lambda: build(pretrained=True).state_dict(), *mean_std, last)
         except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
             problems.append(error)
     raise ValueError(f"timm/{name} gives no feature maps of images of any size: {_line(problems[0])}")
@@ -316,7 +326,7 @@ def build_encoder(name: str, **options: Any) -> Encoder:
     name : str
         ``plain``, a row of `ENCODERS`, or ``timm/<name>`` for any network of timm that gives feature maps.
     options
-        Of the convolution blocks of a plain encoder; a library's network is as it is.
+        Widths and convolution blocks of a plain encoder; a library's network is as it is.
 
     Raises
     ------

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from config import pick
+from labels import adjacency
 
 #: Share of the full loss that a side output counts, "semantic@1" beside "semantic".
 SIDE_FACTOR = 0.3
@@ -58,7 +59,7 @@ def _overlap(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Te
     return (probs * target * weight).sum(axes), ((probs + target) * weight).sum(axes)
 
 
-#: (B, 1, H, W) logits, target in [0, 1], positive weight -> scalar. A ``w`` before the name asks for the weight map.
+#: (B, C, H, W) logits, target in [0, 1], positive weight -> scalar. A ``w`` before the name asks for the weight map.
 LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "bce": bce,
     "focal": focal,
@@ -97,29 +98,14 @@ def match_colors(logits: Tensor, labels: Tensor) -> Tensor:
     votes = logits.detach().float().movedim(1, -1).reshape(-1, logits.shape[1])
     sums = votes.new_zeros(n_ids, logits.shape[1]).index_add_(0, ids.flatten(), votes)
     means = sums / torch.bincount(ids.flatten(), minlength=n_ids).clamp(min=1)[:, None]
-    colors = _color_greedily(means.cpu().numpy(), _neighbours(ids[:, 0]).cpu().numpy())
+    pairs = np.concatenate([adjacency(image, COLOR_REACH + 1) for image in ids[:, 0].cpu().numpy()])
+    colors = _color_greedily(means.cpu().numpy(), pairs)
     chosen = F.one_hot(torch.from_numpy(colors), logits.shape[1]).to(logits)
     chosen[0] = 0
     return chosen[ids[:, 0]].movedim(-1, 1)
 
 
-def _neighbours(ids: Tensor) -> Tensor:
-    """(K, 2) pairs of ids of (B, H, W) that come within `COLOR_REACH` pixels; may list a pair both ways."""
-    height, width = ids.shape[1:]
-    n_ids = int(ids.max()) + 1
-    pairs = []
-    reach = COLOR_REACH + 1
-    for dy in range(0, min(reach, height - 1) + 1):
-        for dx in range(max(-reach, 1 - width), min(reach, width - 1) + 1):
-            here = ids[:, : height - dy, max(-dx, 0) : width - max(dx, 0)]
-            there = ids[:, dy:, max(dx, 0) : width - max(-dx, 0)]
-            near = (here > 0) & (there > 0) & (here != there)
-            pairs.append((here[near] * n_ids + there[near]).unique())
-    codes = torch.cat(pairs).unique()
-    return torch.stack([codes // n_ids, codes % n_ids], dim=1)
-
-
-def _color_greedily(means: NDArray[np.float32], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+def _color_greedily(means: NDArray[np.float32], pairs: NDArray[np.int32]) -> NDArray[np.int64]:
     """A colour for each id, (N,) from 0; `means` (N, C) says how much each likes each."""
     around: list[list[int]] = [[] for _ in means]
     for a, b in pairs:
@@ -129,8 +115,9 @@ def _color_greedily(means: NDArray[np.float32], pairs: NDArray[np.int64]) -> NDA
     colors = np.full(len(means), -1)
     for nucleus in np.argsort(ranked[:, -2] - ranked[:, -1], kind="stable"):
         likes = means[nucleus].copy()
-        taken = colors[around[nucleus]]
-        likes[taken[taken >= 0]] -= 1e6
+        taken = [color for color in colors[around[nucleus]] if color >= 0]
+        if len(set(taken)) < len(likes):
+            likes[taken] = -np.inf
         colors[nucleus] = likes.argmax()
     return colors
 
@@ -175,17 +162,22 @@ class Criterion:
             head -> (B, C, H, W). `logits` may hold side outputs, "head@1" and so on, which learn what the head
             learns; `targets` may hold a "weight".
         """
+        learned = {
+            head: MATCHERS[head](logits[head], targets[head]) if head in MATCHERS else targets[head]
+            for head in self.terms
+        }
         losses: dict[str, Tensor] = {}
         for output, value in logits.items():
             head, _, side = output.partition("@")
-            for label, loss in self._head(head, value.float(), targets) if head in self.terms else ():
+            for label, loss in self._head(head, value.float(), learned, targets) if head in self.terms else ():
                 loss = SIDE_FACTOR * loss if side else loss
                 losses[label] = losses[label] + loss if label in losses else loss
         return losses
 
-    def _head(self, head: str, logits: Tensor, targets: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        target = MATCHERS[head](logits, targets[head]) if head in MATCHERS else targets[head]
+    def _head(
+        self, head: str, logits: Tensor, learned: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
         ones = torch.ones_like(logits[:, :1])
         for factor, name, weighted in self.terms[head]:
             weight = (targets.get("weight", ones) if weighted else ones).expand_as(logits)
-            yield f"{head}/{'w' if weighted else ''}{name}", factor * LOSSES[name](logits, target, weight)
+            yield f"{head}/{'w' if weighted else ''}{name}", factor * LOSSES[name](logits, learned[head], weight)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,14 +20,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, pick
+from config import Config, Loss, pick
 from detector import MaskRCNN
-from encoder import ConvBlock, build_encoder
+from encoder import WIDTHS, ConvBlock, build_encoder
 from footprint import format_table, measure, trace_blocks
 from helper import make_parser, pick_device, prepare_process, run_script
 from mixedscale import MixedScaleTrunk
 from network import Network, make_output
 from plot import draw_network, save
+
+logger = logging.getLogger(__name__)
 
 
 class Decoder(nn.Module):
@@ -68,6 +71,8 @@ class UNet(Network):
         See `encoder.build_encoder`.
     frozen : bool
         The encoder is not trained; see `Network.freeze`.
+    widths : sequence of int
+        Channels of the stages of a plain encoder.
     mean, std : three floats, optional
         Normalisation of RGB in [0, 1]; what the encoder wants, where not given.
     blocks
@@ -80,11 +85,12 @@ class UNet(Network):
         shared: bool = False,
         encoder: str = "plain",
         frozen: bool = False,
+        widths: Sequence[int] = WIDTHS,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         **blocks: Any,
     ) -> None:
-        body = build_encoder(encoder, **blocks)
+        body = build_encoder(encoder, widths=widths, **blocks)
         super().__init__(heads, body.strides[-1], mean or body.mean, std or body.std)
         self.encoder = body
         self.decoders = nn.ModuleList(
@@ -120,8 +126,8 @@ class DCAN(Network):
 
     Chen et al. 2016 (doi:10.1109/CVPR.2016.273). Each map is brought to full size by a transposed convolution and
     classified; the sum is the answer, and in training every summand is supervised too ("semantic@1" and so on, see
-    `loss.Criterion`). The maps lie at strides 4, 8, 16 rather than the paper's 8, 16, 32, for nuclei are smaller than
-    glands.
+    `loss.Criterion`). A plain encoder's lie at strides 4, 8, 16 rather than the paper's 8, 16, 32: nuclei are smaller
+    than glands.
 
     Parameters
     ----------
@@ -140,11 +146,12 @@ class DCAN(Network):
         frozen: bool = False,
         levels: int = 3,
         features: int = 8,
+        widths: Sequence[int] = WIDTHS,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         **blocks: Any,
     ) -> None:
-        body = build_encoder(encoder, **blocks)
+        body = build_encoder(encoder, widths=widths, **blocks)
         super().__init__(heads, body.strides[-1], mean or body.mean, std or body.std)
         self.encoder, self.levels = body, levels
         maps = list(zip(body.channels, body.strides, strict=True))[-levels:]
@@ -282,7 +289,7 @@ def model_options(config: Config) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        Heads or an encoder are chosen for a network that does not let them be chosen.
+        Heads or an encoder are chosen for a network that does not let them be chosen, or there is no such head.
     """
     for name in config.widths:
         pick(MODELS, name, "network (a section of the settings)")
@@ -292,11 +299,17 @@ def model_options(config: Config) -> dict[str, Any]:
     chosen |= {"heads": list(param.heads), "encoder": "" if param.encoder == "auto" else param.encoder}
     for key in ("heads", "encoder"):
         if chosen[key] and key not in known:
-            raise ValueError(f"[param] {key} = {chosen[key]}: {param.model} has {key} of its own")
+            raise ValueError(f"[param] {key} = {chosen[key]}: {param.model} leaves no choice of {key}")
+    for head in param.heads:
+        pick(Loss.model_fields, head, "head")
+    if len(set(param.heads)) < len(param.heads):
+        raise ValueError(f"[param] heads = {', '.join(param.heads)}: one of them twice")
     options = {key: value for key, value in chosen.items() if value}
     if "blocks" in known:
         options |= {"order": param.conv_order, "activation": param.activation}
         options |= {"norm": param.norm, "dropout": param.dropout}
+    elif unused := config.user_set & {"param.conv_order", "param.activation", "param.norm", "param.dropout"}:
+        logger.warning("%s has blocks of its own: %s is ignored", param.model, ", ".join(sorted(unused)))
     return options | param.options
 
 

@@ -20,6 +20,8 @@ class Network(nn.Module):
     ----------
     heads : tuple of str
         Names of the maps it learns.
+    active : tuple of str
+        Heads that predictions use; it may have others that were not trained.
     stride : int
         Sides that are a multiple of it need no padding.
     encoder : module or None
@@ -33,6 +35,7 @@ class Network(nn.Module):
     """
 
     heads: tuple[str, ...]
+    active: tuple[str, ...]
     stride: int
     encoder: Any
     frozen: bool
@@ -44,6 +47,7 @@ class Network(nn.Module):
     def __init__(self, heads: Sequence[str], stride: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.heads, self.stride = tuple(heads), stride
+        self.active = self.heads
         self.encoder, self.frozen = None, False
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))

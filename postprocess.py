@@ -179,8 +179,8 @@ def _markers_from_peaks(mask: Mask, probs: Probs, post: Post, thresholds: Mappin
 MARKERS: dict[str, Callable[[Mask, Probs, Post, Mapping[str, float]], Labels]] = {
     "marker": _markers_from_marker,
     "distance": _markers_from_distance,
-    "color": _markers_from_color,
     "contour": _markers_from_contour,
+    "color": _markers_from_color,
     "peak": _markers_from_peaks,
 }
 

@@ -58,22 +58,34 @@ class Segmenter:
     def predict(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
         """The instances of an (H, W, 3) uint8 image, (H, W) int32, and the maps they were read off, as `probs` gives
         them; those of a detector are how sure it is that something is a nucleus."""
-        (network, *_), thresholds = self.networks, self.config.thresholds
-        if not isinstance(network, MaskRCNN):
-            probs = self.probs(image)
-            return self.separate(probs), probs
+        if isinstance(self.networks[0], MaskRCNN):
+            return self._detect(image, self.networks[0])
+        probs = self.probs(image)
+        return self.separate(probs), probs
+
+    def _detect(
+        self, image: NDArray[np.uint8], network: MaskRCNN
+    ) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
+        """As `predict`; a detector sees the image once, without border or other views."""
+        config, size = self.config, image.shape[1::-1]
+        if not config.valid.pred_orig_size:
+            image = cv2.resize(image, (config.width, config.width), interpolation=cv2.INTER_AREA)
         x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(self.device)
         with torch.inference_mode(), autocast(self.device, self.precision):
-            labels, semantic = network.instances(x, self.config.post.min_score, thresholds["semantic"])
-        return clean(labels.cpu().numpy(), self.config.post), {"semantic": semantic.cpu().numpy()}
+            found = network.instances(x, config.post.min_score, config.thresholds["semantic"])
+        labels, semantic = (value.cpu().numpy() for value in found)
+        if not config.valid.pred_orig_size:
+            labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
+            semantic = cv2.resize(semantic, size, interpolation=cv2.INTER_LINEAR)
+        return clean(labels, config.post), {"semantic": semantic}
 
     def probs(self, image: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """head -> (H, W) float32 in [0, 1] of an (H, W, 3) uint8 image; see `predict_probs`."""
+        """Probability maps in [0, 1] of an (H, W, 3) uint8 image; see `predict_probs`."""
         config = self.config
         probs = predict_probs(
             image, self.networks, config.valid, config.thresholds, config.width, self.device, self.precision
         )
-        if not config.contour.detect:
+        if not config.contour.detect and len(self.networks) == 1:  # of several, each says by itself what it knows
             probs.pop("contour", None)
         return probs
 
@@ -81,7 +93,7 @@ class Segmenter:
         """The instances of probability maps by the rules of the settings, (H, W) int32."""
         thresholds = self.config.thresholds
         if self.config.valid.ensemble == "vote":  # each network has used its threshold; now the majority counts
-            thresholds = dict.fromkeys(thresholds, 0.5)
+            thresholds = {head: t if head in HEAD_CHANNELS else 0.5 for head, t in thresholds.items()}
         return instances(probs, self.config.post, thresholds)
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
@@ -111,6 +123,11 @@ def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
     networks = [place(load_model(c), device) for c in checkpoints]
     if len(networks) > 1 and any(isinstance(network, MaskRCNN) for network in networks):
         raise ValueError("a maskrcnn finds nuclei, not maps that could be averaged: no ensemble; name one checkpoint")
+    for network, other in zip(networks, configs, strict=True):
+        if len(networks) > 1 and other.contour.exclusive:
+            network.active = ("contour",)  # all that it has learned; the others know the rest
+        elif not other.contour.detect:
+            network.active = tuple(head for head in network.heads if head != "contour")
     precision = pick_precision(config.train.precision, device)
     return Segmenter(networks, config, device, precision, checkpoints[0]["config"])
 
@@ -160,9 +177,12 @@ def predict_probs(
                 probs = np.stack([cv2.resize(p, height_width[::-1], interpolation=cv2.INTER_LINEAR) for p in probs])
             each.setdefault(head, []).append(np.ascontiguousarray(probs))
     if valid.ensemble == "vote":
-        each = {head: [(p > thresholds[head]).astype(np.float32) for p in maps] for head, maps in each.items()}
-    means = {head: maps[0] if head in HEAD_CHANNELS else np.mean(maps, axis=0) for head, maps in each.items()}
-    return {head: value if head in HEAD_CHANNELS else value[0] for head, value in means.items()}
+        each |= {
+            head: [(p > thresholds[head]).astype(np.float32) for p in maps]
+            for head, maps in each.items()
+            if head not in HEAD_CHANNELS
+        }
+    return {head: maps[0] if head in HEAD_CHANNELS else np.mean(maps, axis=0)[0] for head, maps in each.items()}
 
 
 def _pad(image: NDArray[np.uint8], valid: Valid, stride: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
@@ -190,7 +210,8 @@ def _average_views(
         view = torch.rot90(x.flip(-1) if mirrored else x, turns, (-2, -1))[None]
         with autocast(device, precision):
             logits = network(view.contiguous(memory_format=memory_format(device)))
-        for head, value in logits.items():
+        for head in network.active:
+            value = logits[head]
             probs = torch.rot90(torch.sigmoid(value[0].float()), -turns, (-2, -1))
             each.setdefault(head, []).append(probs.flip(-1) if mirrored else probs)
     # The first view is the image as it is, in any set of views.

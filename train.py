@@ -54,8 +54,9 @@ def run(config: Config, args: argparse.Namespace) -> int:
     precision = _pick_precision(config, device, state)
     torch.manual_seed(config.train.seed)
     model = place(build_model(config.param.model, **model_options(config)), device)
-    if state is None and (not args.init or "param.encoder_weights" in config.user_set):
-        _load_encoder(model, config)
+    if state is None:
+        fresh = _initialize(model, args.init) if args.init else list(model.state_dict())
+        _load_encoder(model, config, fresh)
 
     cache = open_cache(config, args.data)
     train, valid = load_split(args.data, config.dataset)
@@ -67,8 +68,6 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
     if state is not None:
         trainer.restore(state)
-    elif args.init:
-        _initialize(model, trainer.average, args.init)
     saved = None if state is None else trainer.span
     trainer.span = plan_span(trainer.epoch, saved, args.epoch, args.minutes, config.train, changed)
     if trainer.span.done(trainer.epoch):
@@ -99,8 +98,10 @@ def _resume_state(args: argparse.Namespace) -> dict | None:
     return load_checkpoint(current)
 
 
-def _load_encoder(model: Network, config: Config) -> None:
-    if model.encoder is not None and model.encoder.load_weights(config.param.encoder_weights):
+def _load_encoder(model: Network, config: Config, fresh: list[str]) -> None:
+    """Give the encoder its pretrained weights, where it is among what is fresh."""
+    wanted = model.encoder is not None and any(name.startswith("encoder.") for name in fresh)
+    if wanted and model.encoder.load_weights(config.param.encoder_weights):
         print(f"Encoder weights: {config.param.encoder_weights}")
 
 
@@ -191,21 +192,22 @@ def _rehearse(trainer: Trainer) -> None:
     Segmenter([trainer.average], trainer.config, trainer.device, torch.float32)(np.zeros((32, 32, 3), np.uint8))
 
 
-def _initialize(model: Network, average: Network, path: Path) -> None:
-    """Take over the weights that fit, and say what does not."""
+def _initialize(model: Network, path: Path) -> list[str]:
+    """Take over the weights that fit, and say what does not; the names of the tensors that stay fresh."""
     state = load_checkpoint(path)
     weights = state.get("average") or state["weights"]
-    own = model.state_dict()
+    own = {name: value for name, value in model.state_dict().items() if name not in ("mean", "std")}  # the settings'
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     if not fitting:
         raise ValueError(f"--init {path}: holds a {state['model']}, none of its weights fits {model.name}")
-    for target in (model, average):
-        target.load_state_dict(fitting, strict=False)
-    fresh = sorted({name.rsplit(".", 1)[0] for name in own.keys() - fitting.keys()})
+    model.load_state_dict(fitting, strict=False)
+    fresh = sorted(own.keys() - fitting.keys())
+    layers = sorted({name.rsplit(".", 1)[0] for name in fresh})
     print(
         f"Initialised {len(fitting)} of {len(own)} tensors from '{path}'"
-        + (f"; fresh: {', '.join(fresh)}" if fresh else "")
+        + (f"; fresh: {', '.join(layers)}" if layers else "")
     )
+    return fresh
 
 
 def main(argv: Sequence[str] | None = None) -> int:

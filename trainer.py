@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from config import Config, Train, pick
 from dataset import Batch, Loader
 from detector import MaskRCNN
+from encoder import LibraryEncoder
 from helper import Meter, autocast, save_checkpoint, write_current
 from loss import Criterion
 from model import memory_format
@@ -262,7 +265,7 @@ class Trainer:
         self.span = replace(self.span, elapsed=spent + time.monotonic() - began)
         for name, value in meters.means().items():
             log.add_scalar(f"train/{name}", value, self.epoch)
-        log.add_scalar("train/learn_rate", self.optimizer.param_groups[0]["lr"], self.epoch)
+        log.add_scalar("train/learn_rate", self.optimizer.param_groups[-1]["lr"], self.epoch)
 
     def _train_step(self, batch: Batch, meters: Meters) -> None:
         batch = {name: value.to(self.device) for name, value in batch.items()}
@@ -356,13 +359,10 @@ def log_graph(log: SummaryWriter, network: Network) -> None:
     """Write the graph of a network to the TensorBoard log; one that cannot be traced is trained all the same."""
     image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=network.mean.device)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", torch.jit.TracerWarning
-            )  # the graph is that of one size, and need be no more
-            warnings.simplefilter("ignore", DeprecationWarning)
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # about what a trace must not be used for; this one is looked at
             log.add_graph(network, image, use_strict_trace=False)
-    except RuntimeError as error:
+    except Exception as error:  # whatever a network of some library does that a trace cannot follow
         logger.warning("no graph in the TensorBoard log: %s", " ".join(str(error).split())[:160])
 
 
@@ -378,8 +378,8 @@ def group_parameters(model: Network, encoder_rate: float) -> list[dict[str, Any]
 
 
 def thaw_epoch(config: Config, model: Network) -> float:
-    """The epoch from which the encoder is trained."""
-    if config.param.encoder_weights == "none":
+    """The epoch from which the encoder is trained; at once where there are no weights to keep."""
+    if not isinstance(model.encoder, LibraryEncoder) or config.param.encoder_weights == "none":
         return 0
     wanted = config.param.freeze_epochs
     if wanted == "auto":
@@ -396,13 +396,11 @@ def pick_rules(config: Config, heads: tuple[str, ...]) -> dict[str, str]:
         ``[contour] exclusive`` with a network without contour head.
     """
     wanted = [head for head in heads if head != "contour" or config.contour.detect]
-    if wanted == ["instance"]:
-        return {}  # a detector brings its own losses
     if config.contour.exclusive:
         wanted = [head for head in wanted if head == "contour"]
         if not wanted:
             raise ValueError(f"[contour] exclusive = True trains the contour alone, {config.param.model} does not")
-    return {head: getattr(config.loss, head) for head in wanted}
+    return {head: getattr(config.loss, head) for head in wanted if head != "instance"}  # a detector brings its own
 
 
 def sum_losses(losses: Mapping[str, Tensor]) -> Tensor:

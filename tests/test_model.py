@@ -262,8 +262,11 @@ def test_model_options_come_from_the_settings():
 @pytest.mark.parametrize(
     ("param", "message"),
     [
-        ({"model": "msdnet", "encoder": "resnet18"}, "encoder = resnet18: msdnet has encoder of its own"),
-        ({"model": "maskrcnn", "heads": ("contour",)}, r"heads = \['contour'\]: maskrcnn has heads of its own"),
+        ({"model": "msdnet", "encoder": "resnet18"}, "encoder = resnet18: msdnet leaves no choice of encoder"),
+        ({"model": "maskrcnn", "heads": ("contour",)}, r"heads = \['contour'\]: maskrcnn leaves no choice of heads"),
+        ({"model": "unet", "heads": ("semantc",)}, "unknown head 'semantc'; did you mean 'semantic'"),
+        ({"model": "unet", "heads": ("semantic", "labels")}, "unknown head 'labels'"),
+        ({"model": "unet", "heads": ("semantic", "semantic")}, "heads = semantic, semantic: one of them twice"),
     ],
 )
 def test_what_a_network_does_not_let_one_choose_is_named(param, message):

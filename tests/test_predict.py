@@ -26,6 +26,7 @@ class Toy(nn.Module):
     def __init__(self, stride=1, **heads):
         super().__init__()
         self.heads, self.stride, self.functions, self.seen = tuple(heads), stride, heads, []
+        self.active = self.heads
 
     def forward(self, image):
         self.seen.append(image.clone())
@@ -230,3 +231,73 @@ def test_load_segmenter_mixes_checkpoints_and_inherits_from_the_first(tmp_path):
     found, expected = segmenter.probs(image), predict(image, one, two)
     assert found.keys() == {"semantic", "contour"}
     assert all(np.allclose(found[head], expected[head], atol=1e-6) for head in found)
+
+
+# Colours, contours alone, detectors
+
+
+def by_side(x):
+    """Four colours: the left half has the first, the right half the second, whatever is seen."""
+    logits = torch.full((1, 4, *x.shape[-2:]), -4.0)
+    middle = x.shape[-1] // 2
+    logits[:, 0, :, :middle] = logits[:, 1, :, middle:] = 4.0
+    return logits
+
+
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("ensemble", ["avg", "vote"])
+def test_colours_are_those_of_one_network_and_one_view(views, ensemble):
+    """Mirrored, left is right: a mean over views or networks would mix the colours."""
+    image = picture(24, 32)
+    toys = Toy(semantic=brightness, color=by_side), Toy(semantic=brightness, color=lambda x: by_side(x).flip(1))
+    found = predict(image, *toys, test_time_augment=(views,), ensemble=ensemble, thresholds={**HALF, "color": 0.5})
+    assert found["color"].shape == (4, 24, 32)
+    assert np.allclose(found["color"], torch.sigmoid(by_side(torch.zeros(1, 3, 24, 32)))[0], atol=1e-6)
+
+
+def test_maps_of_several_channels_are_regrown():
+    found = predict(picture(40, 30), Toy(semantic=brightness, color=by_side), width=16, pred_orig_size=False)
+    assert found["color"].shape == (4, 40, 30)
+    assert found["color"][:, 20, 5].argmax() == 0 and found["color"][:, 20, 25].argmax() == 1
+
+
+@pytest.mark.parametrize(
+    ("contour", "expected"),
+    [
+        ({}, {"semantic": 2, "contour": 2}),
+        ({"detect": False}, {"semantic": 2, "contour": 1}),
+        ({"exclusive": True}, {"semantic": 1, "contour": 2}),
+    ],
+)
+def test_each_network_of_an_ensemble_says_what_it_has_learned(contour, expected, tmp_path):
+    one = save(tmp_path / "1.pkl", "caunet", 1)
+    two = save(tmp_path / "2.pkl", "caunet", 2, contour=contour)
+    asked = Config.model_validate({"train": {"device": "cpu", "precision": "float32"}, "valid": ONCE})
+    for order in ((1, 2), (2, 1)):
+        segmenter = load_segmenter([tmp_path / f"{i}.pkl" for i in order], asked)
+        found, (a, b) = segmenter.probs(picture(32, 32)), (predict(picture(32, 32), network) for network in (one, two))
+        for head, n in expected.items():
+            assert np.allclose(found[head], (a[head] + b[head]) / 2 if n == 2 else a[head], atol=1e-6)
+
+
+@pytest.mark.parametrize("orig_size", [True, False])
+def test_a_detector_goes_its_own_way_to_instances(orig_size, monkeypatch):
+    torch.manual_seed(0)
+    model = build_model("maskrcnn").eval()
+    settings = {"valid": {"pred_orig_size": orig_size}, "default": {"width": 64}, "post": {"min_score": 0.3}}
+    seen = []
+
+    def instances(image, score, threshold):
+        seen.append((tuple(image.shape), score, threshold))
+        labels = torch.zeros(image.shape[1:], dtype=torch.int32)
+        labels[10:30, 10:30], labels[40:42, 40:42] = 5, 9  # the second is smaller than [post] min_object_size
+        return labels, labels.clamp(max=1) * 0.9
+
+    monkeypatch.setattr(model, "instances", instances)
+    segmenter = Segmenter([model], Config.model_validate(settings), CPU, torch.float32)
+    labels, probs = segmenter.predict(picture(96, 80))
+    assert seen == [((3, 96, 80) if orig_size else (3, 64, 64), 0.3, 0.5)]
+    assert labels.shape == probs["semantic"].shape == (96, 80)
+    assert labels.dtype == np.int32 and probs.keys() == {"semantic"}
+    assert labels.max() == 1
+    assert (labels == 1).sum() == pytest.approx(20 * 20 if orig_size else 30 * 25, rel=0.1)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -361,3 +362,74 @@ def test_demo_draws_what_can_be_trained_on(tmp_path):
     assert prepare.main(["demo", "--images", "4", "--data", str(tmp_path)]) == 0
     assert len(list(tmp_path.glob("demo/train/*/images/*.png"))) == 4
     assert not list(tmp_path.glob("demo/test/*/masks"))
+
+
+# Networks of every family
+
+
+def choose(*settings: str) -> list[str]:
+    """Small training with these settings on top."""
+    return [*SMALL, *(part for text in ("DEFAULT.width=64", *settings) for part in ("--set", text))]
+
+
+@pytest.mark.parametrize("name", ["lite_camunet", "colorunet", "distunet", "dcan", "msdnet", "maskrcnn"])
+def test_every_family_goes_through_the_scripts(name, data, tmp_path, capsys):
+    # Thresholds are low so that little training finds something.
+    small = choose(f"param.model={name}", "valid.test_time_augment=none", "param.threshold=0.3", "post.min_score=0")
+    if name == "msdnet":
+        small += ["--set", 'param.options={"depth": 6, "width": 1}']
+    folders = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "checkpoint")]
+    assert train.main([*folders, *small, "--epoch", "1"]) == 0
+    assert train.main([*folders, *small, "--epoch", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "Resuming after epoch 1" in printed
+    assert printed.count("Encoder weights: imagenet") == (name in ("lite_camunet", "maskrcnn"))  # not when resuming
+    assert load_checkpoint(tmp_path / "checkpoint" / "latest.pkl")["epoch"] == 2
+    wanted = ["--csv", "--iou", "--label", "--save", "--output", str(tmp_path / "out")]
+    assert valid.main([*folders, *small, "--dataset", "valid", *wanted]) == 0
+    nuclei = read_csv(tmp_path / "out" / "result.csv")
+    assert any(nuclei.values())
+    for id in (folder.name for folder in (data / "valid").iterdir()):
+        assert (tmp_path / "out" / f"{id}.png").is_file()
+        assert read_label_map(tmp_path / "out" / f"{id}.tif").max() == len(nuclei[id])
+
+
+def test_fine_tuning_another_family(data, trained, tmp_path, capsys):
+    start = ["--data", str(data), "--init", str(trained / "latest.pkl"), "--epoch", "1"]
+    folder = ["--checkpoint-dir", str(tmp_path / "checkpoint")]
+    assert train.main([*start, *folder, *choose("param.model=maskrcnn")]) == 2
+    assert "none of its weights fits maskrcnn" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint").exists()
+    assert train.main([*start, *folder, *choose("param.model=colorunet")]) == 0
+    assert "fresh: decoders.1" in capsys.readouterr().out
+
+
+def test_fine_tuning_leaves_a_fitting_encoder_alone(data, tmp_path, capsys):
+    small = [*choose("param.model=lite_camunet"), "--data", str(data), "--epoch", "1"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train.main([*small, "--checkpoint-dir", str(first), "--set", "param.encoder_weights=none"]) == 0
+    assert "Encoder weights" not in capsys.readouterr().out
+    assert train.main([*small, "--checkpoint-dir", str(second), "--init", str(first / "latest.pkl")]) == 0
+    printed = capsys.readouterr().out
+    assert "Initialised" in printed and "Encoder weights" not in printed
+
+
+def test_detectors_make_no_ensemble(data, tmp_path, capsys):
+    folders = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "checkpoint")]
+    small = choose("param.model=maskrcnn", "param.encoder_weights=none")
+    assert train.main([*folders, *small, "--epoch", "1"]) == 0
+    latest = str(tmp_path / "checkpoint" / "latest.pkl")
+    assert valid.main([latest, latest, *folders, "--dataset", "valid", "--csv"]) == 2
+    assert "no ensemble; name one checkpoint" in capsys.readouterr().err
+
+
+def test_without_a_connection_nothing_is_begun(data, tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    options = [*SMALL, "--set", "param.model=res_unet", "--checkpoint-dir", str(tmp_path / "checkpoint")]
+    assert train.main(["--data", str(data), *options]) == 2
+    assert "There are three choices" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint").exists()

@@ -9,15 +9,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 from config import Config, Train
 from dataset import Loader, NucleiDataset, open_cache
 from helper import load_checkpoint, read_current
-from model import build_model, load_model
+from model import build_model, load_model, place
+from predict import Segmenter
 from record import find_records
 from synthetic import write_dataset
-from trainer import SCHEDULES, Meters, Span, Trainer, pick_rules, plan_span, sum_losses, update_average
+from trainer import (
+    SCHEDULES,
+    Meters,
+    Span,
+    Trainer,
+    group_parameters,
+    log_graph,
+    pick_rules,
+    plan_span,
+    sum_losses,
+    thaw_epoch,
+    update_average,
+)
 
 CPU = torch.device("cpu")
 
@@ -350,3 +365,108 @@ def test_optimizer_is_the_settings_choice(folder, tmp_path, optimizer, kind):
 def test_unknown_schedule_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="unknown schedule 'cosin'; did you mean 'cosine'"):
         make(folder, tmp_path, settings(train={"schedule": "cosin"}))
+
+
+# Encoders, heads with several channels, detectors
+
+
+@pytest.mark.parametrize(
+    ("name", "param", "expected"),
+    [
+        ("unet", {}, 0),
+        ("lite_camunet", {}, 0),
+        ("res_unet", {}, math.inf),
+        ("res_unet", {"freeze_epochs": 0}, 0),
+        ("res_unet", {"freeze_epochs": 3}, 3),
+        ("lite_camunet", {"freeze_epochs": "forever"}, math.inf),
+        ("res_unet", {"encoder_weights": "none"}, 0),
+        ("res_unet", {"encoder_weights": "none", "freeze_epochs": "forever"}, 0),
+        ("camunet", {"freeze_epochs": 5}, 0),
+        ("res_unet", {"encoder": "plain"}, 0),
+    ],
+)
+def test_when_the_encoder_is_thawed(name, param, expected):
+    model = build_model(name, **({"encoder": param.get("encoder", "resnet18")} if name == "res_unet" else {}))
+    assert thaw_epoch(settings(param=param), model) == expected
+
+
+def test_parameters_in_two_groups_in_the_order_of_the_model():
+    model = build_model("unet")
+    groups = group_parameters(model, 0.1)
+    assert [group["rate"] for group in groups] == [0.1, 1.0]
+    both = [p for group in groups for p in group["params"]]
+    assert all(a is b for a, b in zip(both, model.parameters(), strict=True))
+    assert len(groups[0]["params"]) == len(list(model.encoder.parameters()))
+    assert [group["rate"] for group in group_parameters(build_model("msdnet", depth=2), 0.1)] == [1.0]
+
+
+def test_the_encoder_is_frozen_then_thawed_then_trained_at_its_own_rate(folder, tmp_path):
+    param = {"model": "lite_camunet", "freeze_epochs": 1, "encoder_rate": 0.5}
+    config = settings(default={"width": 64}, param=param, train={"n_epoch": 2, "schedule": "constant"})
+    trainer = make(folder, tmp_path, config)
+    start = {name: value.clone() for name, value in trainer.model.encoder.state_dict().items()}
+    trainer.span = Span(0, 1)
+    trainer.run(Log())
+    assert all(torch.equal(value, start[name]) for name, value in trainer.model.encoder.state_dict().items())
+    trainer.span = Span(1, 2)
+    trainer.run(Log())
+    assert not any(torch.equal(p, start[name]) for name, p in trainer.model.encoder.named_parameters())
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.005, 0.01]
+
+
+def test_a_state_with_one_group_of_parameters_is_taken_up(folder, tmp_path):
+    """As checkpoints were before encoders had a rate of their own."""
+    trainer = make(folder, tmp_path / "a", settings(train={"n_epoch": 1}))
+    trainer.span = Span(0, 1)
+    trainer.run(Log())
+    state = trainer.state()
+    groups = state["optimizer"]["param_groups"]
+    one = {**groups[0], "params": [number for group in groups for number in group["params"]]}
+    state["optimizer"] = {**state["optimizer"], "param_groups": [one]}
+    again = make(folder, tmp_path / "b", settings(train={"n_epoch": 1}), seed=1)
+    again.restore(state)
+    assert same(again.optimizer.state_dict()["state"], trainer.optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize("name", ["colorunet", "distunet", "dcan", "msdnet", "maskrcnn"])
+def test_every_family_trains_and_resumes(name, folder, tmp_path):
+    config = settings(default={"width": 64}, param={"model": name, "learn_rate": 1e-3}, train={"n_epoch": 2})
+    log, trainer = Log(), make(folder, tmp_path, config)
+    trainer.span = Span(0, 2)
+    trainer.run(log)
+    assert all(math.isfinite(value) for values in log.scalars.values() for _, value in values)
+    state = load_checkpoint(tmp_path / "latest.pkl")
+    again = make(folder, tmp_path, config, seed=1)
+    for one in (again, trainer):
+        one.restore(state)  # with the state of torch's generator, by which a detector draws its samples
+        one.span = Span(2, 3)
+        one.run(Log())
+    assert same(again.model.state_dict(), trainer.model.state_dict())
+    state = load_checkpoint(tmp_path / "latest.pkl")
+    image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    assert same(load_model(state)(image), trainer.average(image))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("unet", "ConvTranspose2d"), ("lite_camunet", "LibraryEncoder"), ("maskrcnn", "RoIHeads")]
+)
+def test_the_graph_of_a_network_is_logged(name, part, tmp_path):
+    with SummaryWriter(str(tmp_path)) as log:
+        log_graph(log, build_model(name).eval())
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert any(part in node.name for node in events.Graph().node)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["camunet", "lite_camunet", "colorunet", "dcan", "msdnet", "maskrcnn"])
+def test_every_family_trains_and_predicts_on_a_gpu(name, precision, folder, tmp_path):
+    device = torch.device("cuda")
+    config = settings(default={"width": 64}, param={"model": name})
+    loader = make(folder, tmp_path, config).loader
+    trainer = Trainer(place(build_model(name), device), loader, config, tmp_path, device, precision)
+    trainer.span = Span(0, 1)
+    trainer.run(Log())
+    labels = Segmenter([trainer.average], config, device, precision)(np.zeros((50, 70, 3), np.uint8))
+    assert labels.shape == (50, 70)
