@@ -285,7 +285,7 @@ def test_options_reach_the_units():
         ({"name": "resnet43"}, "unknown encoder 'resnet43'; did you mean 'resnet34'"),
         ({"name": "timm/convnxt_tiny"}, "unknown timm network 'convnxt_tiny'; did you mean convnext_tiny"),
         ({"name": "timm/resnet18.no_such_tag"}, "timm/resnet18.no_such_tag gives no feature maps"),
-        ({"name": "timm/legacy_xception"}, "timm/legacy_xception gives no feature maps.*do not fit together"),
+        ({"name": "timm/legacy_xception"}, "timm/legacy_xception: 64 px make maps of .* do not fit together"),
         ({"name": "timm/mixer_s32_224"}, "timm/mixer_s32_224 gives no feature maps of images of any size"),
         ({"name": "plain", "activation": "rely"}, "unknown activation 'rely'; did you mean 'relu'"),
         ({"name": "plain", "norm": "batsh"}, "unknown norm 'batsh'; did you mean 'batch'"),

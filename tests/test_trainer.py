@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -438,7 +439,7 @@ def test_every_family_trains_and_resumes(name, folder, tmp_path):
     state = load_checkpoint(tmp_path / "latest.pkl")
     again = make(folder, tmp_path, config, seed=1)
     for one in (again, trainer):
-        one.restore(state)  # with the state of torch's generator, by which a detector draws its samples
+        one.restore(copy.deepcopy(state))  # with the state of torch's generator, by which a detector draws its samples
         one.span = Span(2, 3)
         one.run(Log())
     assert same(again.model.state_dict(), trainer.model.state_dict())
