@@ -21,7 +21,7 @@ PANELS = {
 def main(target: str, *folders: str) -> None:
     figure = Figure((11, 4), 110, layout="constrained")
     for ax, (tag, (title, relative)) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for folder in folders:
+        for i, folder in enumerate(folders):
             events = EventAccumulator(str(Path(folder) / "log"))
             events.Reload()
             if tag not in events.Tags()["scalars"]:
@@ -29,7 +29,7 @@ def main(target: str, *folders: str) -> None:
             points = events.Scalars(tag)
             values = [point.value / (points[0].value if relative else 1) for point in points]
             minutes = [(point.wall_time - events.FirstEventTimestamp()) / 60 for point in points]
-            ax.plot(minutes, values, marker=".", label=Path(folder).name)
+            ax.plot(minutes, values, marker=".", color=f"C{i}", label=Path(folder).name)
         ax.set(title=title, xlabel="minutes")
         ax.grid(alpha=0.3)
         ax.legend()
