@@ -126,11 +126,7 @@ def test_each_head_has_its_decoder_or_all_share_one(name):
         decoder.up[0].bias.copy_(kept)
 
 
-def test_every_row_has_a_known_size():
-    assert PARAMETERS.keys() == MODELS.keys()
-
-
-@every_model
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PARAMETERS])
 def test_number_of_parameters(name):
     model = build_model(name)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
