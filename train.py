@@ -75,7 +75,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
         return 0
 
     print(f"{len(train)} training images ({format_counts(train)}), {len(valid)} for validation")
-    print(f"{config.param.model} on {device} in {str(precision).removeprefix('torch.')}")
+    frozen = ", its encoder frozen" if trainer.epoch < trainer.thaw_epoch else ""
+    print(f"{config.param.model} on {device} in {str(precision).removeprefix('torch.')}{frozen}")
     if state is None:
         previous = set_aside(args.checkpoint_dir)
         print("Grand new training ..." + (f" (the last one is in {previous})" if previous else ""))
