@@ -305,10 +305,8 @@ def lite0_weights() -> State:
 
 def _efficientnet_lite0() -> LibraryEncoder:
     """EfficientNet-Lite0, normalised as it was trained (Tan and Le 2019, arXiv:1905.11946; without its gates)."""
-    encoder = _timm_encoder("tf_efficientnet_lite0")
-    encoder.name, encoder._fetch = "efficientnet_lite0", lite0_weights
-    encoder.mean, encoder.std = (127 / 255,) * 3, (128 / 255,) * 3
-    return encoder
+    body = timm.create_model("tf_efficientnet_lite0", features_only=True, pretrained=False)
+    return LibraryEncoder("efficientnet_lite0", body, lite0_weights, (127 / 255,) * 3, (128 / 255,) * 3)
 
 
 #: name -> encoder without weights; beside these, any ``timm/<name>``.

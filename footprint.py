@@ -120,7 +120,7 @@ def measure(
     """
     model = build().to(device).eval()
     image = torch.rand(n_batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-    train = partial(_train, model, image, step or _mean_squares)
+    train = partial(_train, model, image, step or mean_squares)
     return Footprint(
         size=size,
         n_batch=n_batch,
@@ -160,7 +160,8 @@ def _align(cells: Sequence[str], side: str) -> list[str]:
     return [f"{cell:{side}{width}}" for cell in cells]
 
 
-def _mean_squares(model: nn.Module, image: Tensor) -> Tensor:
+def mean_squares(model: nn.Module, image: Tensor) -> Tensor:
+    """Of all logits, summed over the heads: a loss that asks for no targets."""
     return torch.stack([logits.square().mean() for logits in model(image).values()]).sum()
 
 

@@ -1,8 +1,10 @@
 """The networks and their table. A network is a row: which heads, one decoder a head or one for all, which encoder.
 
-python model.py                                     the footprint of every row
-python model.py camunet res_camunet                 of some
-python model.py camunet --graph docs/model.png      a picture of one
+    python model.py                                     size, speed and memory of every row
+    python model.py camunet res_unet:resnet101          of some; behind the colon another encoder than the row's
+    python model.py camunet --graph docs/model.png      a picture of one
+
+Nothing is trained or downloaded for that: networks are measured and drawn as they start, at random.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from tqdm import tqdm
 from config import Config, Loss, pick
 from detector import MaskRCNN
 from encoder import WIDTHS, ConvBlock, build_encoder
-from footprint import format_table, measure, trace_blocks
+from footprint import format_table, mean_squares, measure, trace_blocks
 from helper import make_parser, pick_device, prepare_process, run_script
 from mixedscale import MixedScaleTrunk
 from network import Network, make_output
@@ -354,7 +356,7 @@ def _build_variant(name: str) -> Network:
 def _step_loss(model: nn.Module, image: Tensor) -> Tensor:
     """What a training step takes the gradient of: the logits, or a detector's losses on a grid of squares."""
     if not isinstance(model, MaskRCNN):
-        return torch.stack([logits.square().mean() for logits in model(image).values()]).sum()
+        return mean_squares(model, image)
     index = torch.arange(image.shape[-1], device=image.device)
     inside, number = index % 32 < 20, index // 32 + 1
     labels = torch.where(inside[:, None] & inside, number[:, None] * 1000 + number, 0)

@@ -106,7 +106,7 @@ def separate_color(mask: Mask, markers: Labels, probs: Probs) -> Labels:
     Parameters, Returns
         As `separate_watershed`.
     """
-    return watershed(-probs["semantic"] - _colors(probs).max(0), markers, mask=mask).astype(np.int32, copy=False)
+    return watershed(-probs["semantic"] - _head(probs, "color").max(0), markers, mask=mask).astype(np.int32, copy=False)
 
 
 def separate_walker(mask: Mask, markers: Labels, probs: Probs) -> Labels:
@@ -153,7 +153,7 @@ def _markers_from_contour(mask: Mask, probs: Probs, post: Post, thresholds: Mapp
 
 def _markers_from_color(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
     """Pieces of one colour; what is smaller than a nucleus is left to the pieces around it."""
-    colors = _colors(probs)
+    colors = _head(probs, "color")
     color = np.where(mask & (colors.max(0) > thresholds["color"]), colors.argmax(0) + 1, 0)
     pieces: NDArray[np.int_] = measure.label(color, connectivity=1)
     return remove_small(pieces, post.min_object_size)
@@ -195,15 +195,13 @@ def _add_lonely(mask: Mask, markers: Labels) -> Labels:
 
 
 def _above(probs: Probs, thresholds: Mapping[str, float], head: str) -> Mask:
+    return _head(probs, head) > thresholds[head]
+
+
+def _head(probs: Probs, head: str) -> NDArray[np.float32]:
     if head not in probs:
         raise ValueError(f"the network has no head '{head}'; there are: {', '.join(probs)}")
-    return probs[head] > thresholds[head]
-
-
-def _colors(probs: Probs) -> NDArray[np.float32]:
-    if "color" not in probs:
-        raise ValueError(f"the network has no head 'color'; there are: {', '.join(probs)}")
-    return probs["color"]
+    return probs[head]
 
 
 def _components(mask: Mask) -> Labels:

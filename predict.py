@@ -70,7 +70,7 @@ class Segmenter:
         config, size = self.config, image.shape[1::-1]
         if not config.valid.pred_orig_size:
             image = cv2.resize(image, (config.width, config.width), interpolation=cv2.INTER_AREA)
-        x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(self.device)
+        x = _to_tensor(image, self.device)
         with torch.inference_mode(), autocast(self.device, self.precision):
             found = network.instances(x, config.post.min_score, config.thresholds["semantic"])
         labels, semantic = (value.cpu().numpy() for value in found)
@@ -195,6 +195,11 @@ def _pad(image: NDArray[np.uint8], valid: Valid, stride: int) -> tuple[NDArray[n
     return padded, (border, border)
 
 
+def _to_tensor(image: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """(H, W, 3) array -> (3, H, W) tensor on the device."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(device)
+
+
 def _average_views(
     image: NDArray[np.uint8],
     network: Network,
@@ -204,7 +209,7 @@ def _average_views(
 ) -> dict[str, NDArray[np.float32]]:
     """head -> (C, H, W), the mean over the views."""
     views = sorted({view for name in names for view in pick(VIEWS, name, "view")}) or [(0, False)]
-    x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(device)
+    x = _to_tensor(image, device)
     each: dict[str, list[Tensor]] = {}
     for turns, mirrored in views:
         view = torch.rot90(x.flip(-1) if mirrored else x, turns, (-2, -1))[None]

@@ -166,9 +166,9 @@ def draw(result: Result, config: Config):
         panels["truth, prediction, both"] = plot.compare(image, result.labels, result.truth)
         title = f"{title}   mAP {score.mean_precision:.3f}   IoU {score.iou:.3f}"
     for head, probs in result.probs.items():
-        # Of several channels the most certain one, as a label.
-        sure = probs.max(0) > config.thresholds[head]
-        panels[head] = probs if probs.ndim == 2 else np.where(sure, probs.argmax(0) + 1, 0)
+        panels[head] = probs
+        if probs.ndim == 3:  # of several channels the most certain one, as a label
+            panels[head] = np.where(probs.max(0) > config.thresholds[head], probs.argmax(0) + 1, 0)
     return plot.side_by_side(panels, title)
 
 
