@@ -187,6 +187,11 @@ class Pre(Section):
     gray: bool = True
     color_space_shift: bool = True
     channel_shuffle: bool = True
+    fade_nuclei: bool = False
+    stain_shift: bool = False
+    recolor: bool = False
+    illumination: bool = False
+    blur: bool = False
     add_noise: bool = False
     fill_holes: bool = False
     min_object_size: int = Field(0, ge=0)
@@ -213,11 +218,13 @@ class Post(Section):
     segmentation: bool = True
     policy: str = "auto"
     marker: str = "auto"
+    marker_contour: float = Field(0.0, ge=0)
     min_score: Fraction = 0.5
     seg_ratio: float = Field(0.8, gt=0, le=1)
     seg_scale: float = Field(0.3, gt=0)
     remove_objects: bool = True
     min_object_size: int = Field(12, ge=0)
+    grow: int = Field(0, ge=0)
     fill_holes: bool = True
     filter_fiber: bool = False
 
@@ -299,6 +306,14 @@ class Config(Section):
             dump["default"]["width"] = saved["widths"].get(model, saved["default"]["width"])
             dump["widths"] = {}
         return Config.model_validate(dump)
+
+    def suggest(self, values: Mapping[str, Any]) -> Config:
+        """This configuration with other values, ``section.key`` -> value, except where the user chose."""
+        nested: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            section, name = key.split(".")
+            nested.setdefault(section, {})[name] = value
+        return self.inherit(nested, values)
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import hashlib
 import itertools
 import json
 import logging
@@ -197,6 +198,34 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: format {state['format']}, this version reads up to {CHECKPOINT_FORMAT}; update the toolkit"
         )
     return state
+
+
+def fingerprint(checkpoints: Sequence[Mapping[str, Any]]) -> str:
+    """What the weights of one or several checkpoints are known by, in whatever order: 16 hexadecimal digits."""
+    digests = []
+    for checkpoint in checkpoints:
+        digest = hashlib.sha256()
+        for name, tensor in sorted((checkpoint.get("average") or checkpoint["weights"]).items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digests.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
+
+
+def tuned_values(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What ``tune.py`` found for just these weights together, ``section.key`` -> value; empty where it was not run."""
+    found = checkpoints[0].get("tuned", {})
+    return dict(found[key]["values"]) if found and (key := fingerprint(checkpoints)) in found else {}
+
+
+def slim(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint with what prediction needs alone, its weights (the averaged ones) in half precision."""
+    weights = checkpoint.get("average") or checkpoint["weights"]
+    small = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    kept = {key: checkpoint[key] for key in ("model", "options", "epoch", "scores", "config") if key in checkpoint}
+    found = checkpoint.get("tuned", {}).get(fingerprint([checkpoint]))
+    new = {"format": CHECKPOINT_FORMAT, **kept, "weights": small}
+    return new | ({"tuned": {fingerprint([new]): found}} if found else {})
 
 
 def write_current(folder: Path, name: str, epoch: int) -> None:

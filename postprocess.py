@@ -12,7 +12,7 @@ from scipy.sparse import coo_array, csc_array
 from scipy.sparse.linalg import splu
 from skimage import measure
 from skimage.feature import peak_local_max
-from skimage.segmentation import watershed
+from skimage.segmentation import expand_labels, watershed
 
 from config import Post, pick
 from labels import fill_holes, relabel, remove_fiber, remove_small
@@ -53,7 +53,16 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labe
     source, policy = _choose(post, probs)
     markers = pick(MARKERS, source, "source of markers")(mask, probs, post, thresholds)
     markers = _add_lonely(mask, markers)
-    return clean(pick(POLICIES, policy, "policy")(mask, markers, probs), post)
+    labels = pick(POLICIES, policy, "policy")(mask, markers, probs)
+    labels = drop_doubtful(labels, probs["semantic"], post.min_score)
+    return clean(expand_labels(labels, post.grow) if post.grow else labels, post)
+
+
+def drop_doubtful(labels: Labels, semantic: NDArray[np.float32], min_score: float) -> Labels:
+    """Take out the instances whose pixels have a mean semantic probability below `min_score`, (H, W) int32."""
+    ids = labels.ravel()
+    score = np.bincount(ids, semantic.ravel()) / np.maximum(np.bincount(ids), 1)
+    return np.where(score[labels] < min_score, 0, labels)
 
 
 def clean(labels: Labels, post: Post) -> Labels:
@@ -140,7 +149,10 @@ POLICIES: dict[str, Callable[[Mask, Labels, Probs], Labels]] = {
 
 
 def _markers_from_marker(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
-    return _components(mask & _above(probs, thresholds, "marker"))
+    marker = _head(probs, "marker")
+    if post.marker_contour and "contour" in probs:
+        marker = marker - post.marker_contour * probs["contour"]
+    return _components(mask & (marker > thresholds["marker"]))
 
 
 def _markers_from_distance(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from config import CHECKPOINT_KEYS, Config, Valid, pick
 from detector import MaskRCNN
-from helper import autocast, load_checkpoint, pick_device, pick_precision
+from helper import autocast, load_checkpoint, pick_device, pick_precision, tuned_values
 from model import load_model, memory_format, place
 from network import HEAD_CHANNELS, Network
 from postprocess import clean, instances
@@ -104,7 +104,8 @@ class Segmenter:
 def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
     """Networks of one or several checkpoints, ready to use.
 
-    What the user did not set, thresholds and input settings, comes from the first checkpoint.
+    What the user did not set, thresholds and input settings, comes from the first checkpoint; and where ``tune.py`` was
+    run on just these, what it found.
 
     Raises
     ------
@@ -113,7 +114,7 @@ def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
     """
     checkpoints = [load_checkpoint(path) for path in paths]
     configs = [config.inherit(checkpoint["config"], CHECKPOINT_KEYS) for checkpoint in checkpoints]
-    config = configs[0]
+    config = configs[0].suggest(tuned_values(checkpoints))
     for path, other in zip(paths, configs, strict=True):
         if other.pre.policy != config.pre.policy:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Augment a sample: an image with its label map, moved and coloured at random.
 
-All geometric rows of the table only describe where the pixels of the crop come from; the image and its labels are
-then read once, through one `Warp`, whatever the number of rows. Colour rows follow and touch the image alone.
+All warps of the table only describe where the pixels of the crop come from; the image and its labels are then read
+once, through one `Warp`, whatever the number of rows. Rows that colour the nuclei, and the image, follow.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+import color
+from color import Image, Rng
 from config import Pre
-
-Image = NDArray[np.uint8]
-Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _warp_each(labels: NDArray[np.int32], xy: NDArray[np.float32]) -> NDArray[np
     return composed
 
 
-# Geometric rows: they turn and stretch the warp, or choose its place.
+# Warps: they turn and stretch the warp, or choose its place.
 
 
 def _scale(warp: Warp, rng: Rng, pre: Pre) -> Warp:
@@ -164,92 +163,42 @@ def _crop(warp: Warp, rng: Rng, pre: Pre) -> Warp:
     return replace(warp, center=rng.uniform(low, size - low) - 0.5)
 
 
-# Colour rows: image in, image out, 8-bit RGB.
-
-
-def _invert(image: Image, rng: Rng, pre: Pre) -> Image:
-    return ~image if rng.random() < 0.5 else image
-
-
-def _jitter(image: Image, rng: Rng, pre: Pre) -> Image:
-    """Brightness, contrast and gamma of all channels, through one table."""
-    contrast, gamma = np.exp(rng.uniform(-0.35, 0.35)), np.exp(rng.uniform(-0.5, 0.5))
-    brightness = rng.uniform(-0.1, 0.1)
-    ramp = np.linspace(0, 1, 256) ** gamma
-    table = (ramp - ramp.mean()) * contrast + ramp.mean() + brightness
-    return cv2.LUT(image, np.rint(np.clip(table, 0, 1) * 255).astype(np.uint8))
-
-
-def _color_space(image: Image, rng: Rng, pre: Pre) -> Image:
-    """Half of the time: shift and stretch the colours in CIELAB, so that a stain becomes another stain."""
-    gray = (image.max(axis=-1) == image.min(axis=-1)).mean() > 0.99
-    if gray or rng.random() < 0.5:  # a gray image has no stain; it keeps its colour
-        return image
-    stretch = np.array([1.0, *rng.uniform(0.5, 1.4, 2)])
-    shift = np.array([0.0, *rng.uniform(-18, 18, 2)])
-    channels = np.arange(256)[:, None]
-    center = np.array([0.0, 128, 128])
-    table = np.clip((channels - center) * stretch + center + shift, 0, 255)
-    lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
-    return cv2.cvtColor(cv2.LUT(lab, np.rint(table).astype(np.uint8)[:, None, :]), cv2.COLOR_LAB2RGB)
-
-
-def _shuffle(image: Image, rng: Rng, pre: Pre) -> Image:
-    """One time in ten: the channels in another order."""
-    return np.ascontiguousarray(image[..., rng.permutation(3)]) if rng.random() < 0.1 else image
-
-
-def _gray(image: Image, rng: Rng, pre: Pre) -> Image:
-    """One time in five: without colour."""
-    if rng.random() >= 0.2:
-        return image
-    return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-
-
-def _equalize(image: Image, rng: Rng, pre: Pre) -> Image:
-    return equalize(image) if rng.random() < 0.5 else image
-
-
-def _noise(image: Image, rng: Rng, pre: Pre) -> Image:
-    """Half of the time: additive Gaussian noise, or multiplied speckle, of up to 8 percent."""
-    if rng.random() < 0.5:
-        return image
-    noise = rng.standard_normal(image.shape[:2], np.float32)[..., None] * np.float32(rng.uniform(0, 0.08))
-    speckle = rng.random() < 0.5
-    noisy = image * (1 + noise) if speckle else image + 255 * noise
-    return np.rint(np.clip(noisy, 0, 255)).astype(np.uint8)
-
-
-def equalize(image: Image) -> Image:
-    """Contrast limited adaptive histogram equalization of the lightness (Zuiderveld 1994), (H, W, 3) uint8."""
-    lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB)
-    lab[..., 0] = cv2.createCLAHE(clipLimit=2.0, tileGridSize=(8, 8)).apply(np.ascontiguousarray(lab[..., 0]))
-    return cv2.cvtColor(lab, cv2.COLOR_LAB2RGB)
-
-
 @dataclass(frozen=True)
 class Augmentation:
-    """One row: `run(warp or image, rng, pre)`, and whether the settings want it."""
+    """One row: what runs, on what, and which switch of ``[pre]`` wants it.
+
+    Attributes
+    ----------
+    run : callable
+        ``run(warp, rng, pre)``, ``run(image, labels, rng)`` or ``run(image, rng)``, by `stage`.
+    stage : {'warp', 'nuclei', 'image'}
+    switch : str
+    """
 
     run: Callable
-    geometric: bool
-    wanted: Callable[[Pre], bool]
+    stage: str
+    switch: str
 
 
-#: In the order they are applied; the crop comes last of the geometric rows, when the reach of the crop is known.
+#: In the order they are applied; the crop comes last of the warps, when the reach of the crop is known.
 AUGMENTATIONS: dict[str, Augmentation] = {
-    "scale": Augmentation(_scale, True, lambda pre: pre.random_crop),
-    "rotate": Augmentation(_rotate, True, lambda pre: pre.rotate),
-    "flip": Augmentation(_flip, True, lambda pre: pre.flip),
-    "elastic_distortion": Augmentation(_elastic, True, lambda pre: pre.elastic_distortion),
-    "random_crop": Augmentation(_crop, True, lambda pre: pre.random_crop),
-    "color_equalize": Augmentation(_equalize, False, lambda pre: pre.color_equalize),
-    "color_jitter": Augmentation(_jitter, False, lambda pre: pre.color_jitter),
-    "color_space_shift": Augmentation(_color_space, False, lambda pre: pre.color_space_shift),
-    "channel_shuffle": Augmentation(_shuffle, False, lambda pre: pre.channel_shuffle),
-    "gray": Augmentation(_gray, False, lambda pre: pre.gray),
-    "color_invert": Augmentation(_invert, False, lambda pre: pre.color_invert),
-    "add_noise": Augmentation(_noise, False, lambda pre: pre.add_noise),
+    "scale": Augmentation(_scale, "warp", "random_crop"),
+    "rotate": Augmentation(_rotate, "warp", "rotate"),
+    "flip": Augmentation(_flip, "warp", "flip"),
+    "elastic_distortion": Augmentation(_elastic, "warp", "elastic_distortion"),
+    "random_crop": Augmentation(_crop, "warp", "random_crop"),
+    "fade_nuclei": Augmentation(color.fade_nuclei, "nuclei", "fade_nuclei"),
+    "color_equalize": Augmentation(color.equalize_some, "image", "color_equalize"),
+    "color_jitter": Augmentation(color.jitter, "image", "color_jitter"),
+    "stain_shift": Augmentation(color.shift_stain, "image", "stain_shift"),
+    "color_space_shift": Augmentation(color.shift_lab, "image", "color_space_shift"),
+    "channel_shuffle": Augmentation(color.shuffle, "image", "channel_shuffle"),
+    "gray": Augmentation(color.gray, "image", "gray"),
+    "recolor": Augmentation(color.recolor, "image", "recolor"),
+    "color_invert": Augmentation(color.invert, "image", "color_invert"),
+    "illumination": Augmentation(color.illuminate, "image", "illumination"),
+    "blur": Augmentation(color.blur, "image", "blur"),
+    "add_noise": Augmentation(color.noise, "image", "add_noise"),
 }
 
 
@@ -270,20 +219,21 @@ def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sa
     Without ``random_crop`` the whole image is squeezed into the square, as a network of fixed input size needs it.
     Labels keep their ids; those that fall outside are gone.
     """
-    rows = [row for row in AUGMENTATIONS.values() if row.wanted(pre)]
+    rows = [row for row in AUGMENTATIONS.values() if getattr(pre, row.switch)]
+    warps, nuclei, images = ([row.run for row in rows if row.stage == stage] for stage in ("warp", "nuclei", "image"))
 
     def transform(sample: Sample, rng: Rng) -> Sample:
         warp = Warp.centered(sample.labels.shape, (width, width))
         if not pre.random_crop:
             warp.linear = np.diag(np.array(warp.source_shape[::-1]) / width)
-        for row in rows:
-            if row.geometric:
-                warp = row.run(warp, rng, pre)
+        for run in warps:
+            warp = run(warp, rng, pre)
         sample = warp.apply(sample, precise)
         image = sample.image
-        for row in rows:
-            if not row.geometric:
-                image = row.run(image, rng, pre)
+        for run in nuclei:
+            image = run(image, sample.labels, rng)
+        for run in images:
+            image = run(image, rng)
         return replace(sample, image=image)
 
     return transform

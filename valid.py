@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 import plot
 from annotation import WRITERS, write_csv
+from color import equalize
 from config import SPLIT_KEYS, Config
 from helper import find_checkpoint, make_parser, prepare_process, run_script
 from image import ImageError, read_image, read_labels
 from predict import Segmenter, load_segmenter
 from record import Record, find_records, load_records, load_split
 from score import Score, format_summary, score_image, summarize, write_scores
-from transform import equalize
 
 
 @dataclass

@@ -10,13 +10,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("config", "files", "labels", "network"),
+    ("color", "config", "files", "labels", "network"),
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
         "tile", "annotation", "synthetic", "footprint", "helper",
     ),
     ("dataset", "plot", "score"),
-    ("model",),
+    ("model", "tuning"),
     ("predict", "trainer", "report"),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),
 )  # fmt: skip

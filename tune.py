@@ -1,0 +1,116 @@
+"""Find the thresholds and rules that separate nuclei best, and keep them with the checkpoint.
+
+    python tune.py                                   of best.pkl, on the validation images
+    python tune.py checkpoint/a.pkl checkpoint/b.pkl of that ensemble: kept in the first
+    python tune.py --dry-run                         only say what was found
+    python tune.py --export weights/mine.pkl         also write a small file: the network alone, in half precision
+
+Probability maps are predicted once; `[param] threshold`, `threshold_mark` and rules of `[post]` are tried on them.
+What you set yourself (config.ini, --set) is not searched. valid.py then uses what was found, unless you set it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from config import SPLIT_KEYS, Config
+from helper import (
+    find_checkpoint,
+    fingerprint,
+    load_checkpoint,
+    make_parser,
+    prepare_process,
+    run_script,
+    save_checkpoint,
+    slim,
+)
+from image import read_image, read_labels
+from predict import Segmenter, load_segmenter
+from record import load_split
+from tuning import Case, Tuner
+
+
+def run(config: Config, args: argparse.Namespace) -> int:
+    prepare_process()
+    paths = args.checkpoint or [find_checkpoint(args.checkpoint_dir)]
+    segmenter = load_segmenter(paths, config)
+    print(f"Tuning {', '.join(str(path) for path in paths)} on {segmenter.device}")
+    began = time.monotonic()
+    cases = predict_cases(segmenter, config, args.data)
+    predicted = time.monotonic()
+    with Tuner(cases, segmenter.config, n_worker=min(os.cpu_count() or 1, len(cases))) as tuner:
+        if not tuner.grid:
+            raise ValueError("everything that could be tuned is set by the settings")
+        best = tuner.search()
+        before, after, honest = tuner.scores(tuner.start), tuner.scores(best), tuner.cross_validate()
+    print(format_gain([case.kind for case in cases], before, after, honest))
+    changed = {key: value for key, value in best if value != dict(tuner.start)[key]}
+    print("\n".join(f"{key} = {value}" for key, value in changed.items()) or "nothing to change")
+    print(
+        f"{len(cases)} images predicted in {predicted - began:.0f} s, {tuner.n_judged} choices judged in "
+        f"{time.monotonic() - predicted:.0f} s"
+    )
+    if not args.dry_run:
+        keep(paths, dict(best), {"score": float(after.mean()), "cross_validated": float(honest.mean())}, args.export)
+    return 0
+
+
+def predict_cases(segmenter: Segmenter, config: Config, data: Path) -> list[Case]:
+    """The validation images of the split that the first checkpoint was trained on, predicted."""
+    _, records = load_split(data, config.inherit(segmenter.saved, SPLIT_KEYS).dataset)
+    if not records:
+        raise ValueError("the split holds no validation image; see [dataset] cv_ratio and valid_ids")
+    cases = []
+    for record in tqdm(records, "predicting", disable=None):
+        if record.problem or record.masks is None:
+            raise ValueError(record.problem or f"{record.image}: has no masks to tune against")
+        image = read_image(record.image, *segmenter.config.pre.policy)
+        truth = read_labels(record.masks, image.shape[:2])
+        cases.append(Case.pack(record.sub_category, segmenter.probs(image), truth))
+    return cases
+
+
+def format_gain(
+    kinds: Sequence[str], before: NDArray[np.float64], after: NDArray[np.float64], honest: NDArray[np.float64]
+) -> str:
+    """A table of scores by kind: as it was, as tuned, and tuned on the other kinds alone."""
+    names, kind = sorted(set(kinds)), np.array(kinds)
+    rows = [(name or "uncategorised", kind == name) for name in names] + [("all", np.ones(len(kind), bool))]
+    lines = [f"{'category':<20}{'images':>7}{'before':>9}{'tuned':>9}{'tuned on other kinds':>22}"]
+    for name, mine in rows:
+        scores = f"{before[mine].mean():>9.4f}{after[mine].mean():>9.4f}{honest[mine].mean():>22.4f}"
+        lines.append(f"{name:<20}{mine.sum():>7}{scores}")
+    return "\n".join(lines)
+
+
+def keep(paths: Sequence[Path], values: Mapping[str, object], scores: Mapping[str, float], export: Path | None) -> None:
+    """Store what was found in the first checkpoint, and write the small one where it is wanted."""
+    states = [load_checkpoint(path) for path in paths]
+    found = {"values": dict(values), "scores": dict(scores)}
+    first = states[0] | {"tuned": {**states[0].get("tuned", {}), fingerprint(states): found}}
+    save_checkpoint(paths[0], first)
+    print(f"kept in {paths[0]}")
+    if export is not None:
+        save_checkpoint(export, slim(first))
+        print(f"{export}: {export.stat().st_size / 1e6:.1f} MB")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("checkpoint", nargs="*", type=Path, metavar="CKPT", help="checkpoints; several: an ensemble")
+    parser.add_argument("--dry-run", action="store_true", help="store nothing")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="also write the network alone, in half precision")
+    return run_script(run, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Find the thresholds and rules that separate nuclei best, on probability maps that are predicted once.
+
+Every candidate is judged on every image at most once, whatever searches ask for it; so the search over all images and
+those of the cross-validation, which leave out a kind of image each, cost little more than one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from config import Config
+from metric import average_precision
+from postprocess import instances
+
+#: Settings that are searched, and the values tried, in this order.
+GRID: dict[str, tuple[Any, ...]] = {
+    "param.threshold": (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7),
+    "param.threshold_mark": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+    "post.marker_contour": (0.0, 0.25, 0.5, 0.75, 1.0),
+    "post.min_score": (0.5, 0.6, 0.65, 0.7, 0.75, 0.8),
+    "post.min_object_size": (6, 12, 20, 30, 40),
+    "post.grow": (0, 1),
+    "post.policy": ("ws", "rw"),
+}
+
+Choice = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image as tuning sees it.
+
+    Attributes
+    ----------
+    kind : str
+        What cross-validation leaves out together.
+    probs : dict
+        head -> (H, W) or (C, H, W) uint8, 255 times the probability: a quarter of the memory, and thresholds are never
+        nearer to each other than that.
+    truth : (H, W) int32
+    """
+
+    kind: str
+    probs: Mapping[str, NDArray[np.uint8]]
+    truth: NDArray[np.int32]
+
+    @classmethod
+    def pack(cls, kind: str, probs: Mapping[str, NDArray[np.float32]], truth: NDArray[np.int32]) -> Case:
+        """From maps of float32 in [0, 1]."""
+        return cls(kind, {head: np.rint(255 * p).astype(np.uint8) for head, p in probs.items()}, truth)
+
+
+def judge(case: Case, config: Config) -> float:
+    """The mean average precision of an image whose nuclei are separated by the settings."""
+    probs = {head: p.astype(np.float32) / np.float32(255) for head, p in case.probs.items()}
+    return float(average_precision(case.truth, instances(probs, config.post, config.thresholds)).mean())
+
+
+@dataclass
+class Tuner:
+    """A search on the images it is given.
+
+    Use as a context manager: it holds worker processes.
+
+    Parameters
+    ----------
+    cases : sequence of Case
+    config : Config
+        Where the search starts; what the user has set is not searched.
+    grid : mapping
+        ``section.key`` -> values in order; the search moves from a value to the one beside it.
+    n_worker : int
+        Processes; 0 works in this one.
+    """
+
+    cases: Sequence[Case]
+    config: Config
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=lambda: dict(GRID))
+    n_worker: int = 0
+
+    def __post_init__(self) -> None:
+        self.grid = {key: values for key, values in self.grid.items() if key not in self.config.user_set}
+        self._known: dict[Choice, NDArray[np.float64]] = {}
+        self._pool = None
+        if self.n_worker:
+            # Fresh processes: a fork of one in which torch has threads may hang.
+            context = get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.n_worker, context, _remember, (self.cases,))
+
+    def __enter__(self) -> Tuner:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    @property
+    def n_judged(self) -> int:
+        """How many choices were tried."""
+        return len(self._known)
+
+    @property
+    def start(self) -> Choice:
+        """What the settings say now of everything that is searched."""
+        dump = self.config.model_dump()
+        return tuple((key, dump[key.split(".")[0]][key.split(".")[1]]) for key in self.grid)
+
+    def scores(self, choice: Choice) -> NDArray[np.float64]:
+        """The score of each image under a choice, (N,) float64."""
+        if choice not in self._known:
+            config = self.config.suggest(dict(choice))
+            if self._pool is None:
+                found = [judge(case, config) for case in self.cases]
+            else:
+                numbers = range(len(self.cases))
+                found = list(self._pool.map(_judge_remembered, numbers, [config] * len(numbers), chunksize=2))
+            self._known[choice] = np.array(found)
+        return self._known[choice]
+
+    def search(self, subset: NDArray[np.bool_] | None = None) -> Choice:
+        """Go from setting to setting, each moved as long as the mean over the images of the subset rises.
+
+        Parameters
+        ----------
+        subset : (N,) bool, optional
+            Images that count; all by default.
+        """
+        wanted = np.ones(len(self.cases), bool) if subset is None else subset
+        best = self.start
+        moved = True
+        while moved:
+            moved = False
+            for key in self.grid:
+                for step in (1, -1):
+                    while (other := self._neighbour(best, key, step)) is not None:
+                        if self.scores(other)[wanted].mean() <= self.scores(best)[wanted].mean() + 1e-6:
+                            break
+                        best, moved = other, True
+        return best
+
+    def _neighbour(self, choice: Choice, key: str, step: int) -> Choice | None:
+        """The choice with one setting moved along its values, or None at their end."""
+        values, now = list(self.grid[key]), dict(choice)[key]
+        if now in values:
+            index = values.index(now) + step
+        elif isinstance(now, str):
+            index = 0  # a rule such as auto, which stands for one of the others
+        else:
+            index = int(np.searchsorted(values, now)) - (step < 0)
+        if not 0 <= index < len(values):
+            return None
+        return tuple((name, values[index] if name == key else value) for name, value in choice)
+
+    def cross_validate(self) -> NDArray[np.float64]:
+        """The score of each image under what the search finds on the images of all other kinds, (N,) float64.
+
+        This, and not the score of the final choice on the images it was found on, is what to expect of images of a kind
+        that was not there. With a single kind there is nothing to leave out: the start is judged.
+        """
+        kinds = np.array([case.kind for case in self.cases])
+        scores = self.scores(self.start).copy()
+        for kind in np.unique(kinds) if len(np.unique(kinds)) > 1 else ():
+            scores[kinds == kind] = self.scores(self.search(kinds != kind))[kinds == kind]
+        return scores
+
+
+_cases: Sequence[Case] = ()
+
+
+def _remember(cases: Sequence[Case]) -> None:
+    global _cases
+    _cases = cases
+
+
+def _judge_remembered(number: int, config: Config) -> float:
+    return judge(_cases[number], config)
