@@ -45,6 +45,12 @@ def _parse_json(value: Any) -> Any:
     return (json.loads(value) if value.strip() else None) if isinstance(value, str) else value
 
 
+def _truth_as_number(value: Any) -> Any:
+    """True is 1 and False 0, as they stood in files before the setting became a number."""
+    words = {"true": 1.0, "yes": 1.0, "on": 1.0, "false": 0.0, "no": 0.0, "off": 0.0}
+    return words.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 def _freeze_epochs(value: Any) -> Any:
     if isinstance(value, str) and value not in ("auto", "forever") and not value.isdecimal():
         raise ValueError("wanted a number of epochs, auto or forever")
@@ -73,6 +79,7 @@ FreezeEpochs = Annotated[Literal["auto", "forever"] | Annotated[int, Field(ge=0)
 OptionalBool = Annotated[bool | None, BeforeValidator(_empty_to_none)]
 OptionalInt = Annotated[int | None, BeforeValidator(_empty_to_none)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_empty_to_none)]
+Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_truth_as_number)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -87,7 +94,7 @@ class Default(Section):
 
 
 class Param(Section):
-    model: str = "camunet"
+    model: str = "lite_camunet"
     encoder: str = "auto"
     encoder_weights: str = "imagenet"
     freeze_epochs: FreezeEpochs = "auto"
@@ -132,7 +139,7 @@ class Train(Section):
     n_batch: int = Field(10, ge=1)
     n_worker: int = Field(2, ge=0)
     print_freq: int = Field(10, ge=1)
-    balance_group: bool = False
+    balance_group: Share = 0.5
     log_name: str = ""
     seed: int = Field(1, ge=0)
     optimizer: Literal["adam", "adamw"] = "adamw"
@@ -157,6 +164,7 @@ class Valid(Section):
     view_color_equalize: bool = False
     print_table: bool = False
     test_time_augment: Views = ("flips",)
+    nucleus_diameter: float = Field(26.0, ge=0)
     ensemble: Literal["avg", "vote"] = "avg"
 
     @property
@@ -177,22 +185,22 @@ class Pre(Section):
     random_crop: bool = True
     flip: bool = True
     rotate: bool = True
-    min_scale: float = Field(0.6, gt=0)
-    max_scale: float = Field(1.7, gt=0)
-    aspect: float = Field(0.15, ge=0, lt=1)
+    min_scale: float = Field(0.55, gt=0)
+    max_scale: float = Field(2.0, gt=0)
+    aspect: float = Field(0.25, ge=0, lt=1)
     elastic_distortion: bool = True
-    color_invert: bool = False
+    color_invert: bool = True
     color_jitter: bool = True
     color_equalize: bool = False
     gray: bool = True
     color_space_shift: bool = True
     channel_shuffle: bool = True
-    fade_nuclei: bool = False
-    stain_shift: bool = False
-    recolor: bool = False
-    illumination: bool = False
-    blur: bool = False
-    add_noise: bool = False
+    fade_nuclei: bool = True
+    stain_shift: bool = True
+    recolor: bool = True
+    illumination: bool = True
+    blur: bool = True
+    add_noise: bool = True
     fill_holes: bool = False
     min_object_size: int = Field(0, ge=0)
 
@@ -224,6 +232,7 @@ class Post(Section):
     seg_scale: float = Field(0.3, gt=0)
     remove_objects: bool = True
     min_object_size: int = Field(12, ge=0)
+    min_object_share: Fraction = 0.1
     grow: int = Field(0, ge=0)
     fill_holes: bool = True
     filter_fiber: bool = False

@@ -60,7 +60,8 @@ class NucleiDataset:
         self.weight = config.param.weight if config.param.weight_map and _weighs(config, heads) else None
         self.transform = build_transform(config.pre, config.width, config.contour.precise)
         self.clean = build_cleaner(config)
-        self.balance = balance_weights(records) if config.train.balance_group else None
+        strength = config.train.balance_group
+        self.balance = balance_weights(records, strength) if strength else None
 
     def __len__(self) -> int:
         return len(self.records)

@@ -64,6 +64,21 @@ def areas(labels: Labels) -> NDArray[np.int64]:
     return np.bincount(_checked(labels).ravel(), minlength=1).astype(np.int64)
 
 
+def typical_area(labels: Labels) -> int:
+    """Area (px) of the label that a typical pixel belongs to: half of the foreground is in labels no larger.
+
+    The median over labels would be at the mercy of specks, of which a bad segmentation has many. 0 without labels.
+    """
+    sizes = np.sort(np.bincount(_checked(labels).ravel())[1:])
+    covered = np.cumsum(sizes)
+    return int(sizes[np.searchsorted(covered, covered[-1] / 2)]) if covered.size else 0
+
+
+def typical_diameter(labels: Labels) -> float:
+    """Diameter (px) of a disk of the typical area; 0 without labels."""
+    return float(np.sqrt(4 * typical_area(labels) / np.pi))
+
+
 def split_fragments(labels: Labels, connectivity: int = 1) -> NDArray[np.int32]:
     """Give every connected piece of every nucleus an id of its own.
 

@@ -15,7 +15,7 @@ from skimage.feature import peak_local_max
 from skimage.segmentation import expand_labels, watershed
 
 from config import Post, pick
-from labels import fill_holes, relabel, remove_fiber, remove_small
+from labels import fill_holes, relabel, remove_fiber, remove_small, typical_area
 
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.int32]
@@ -70,7 +70,7 @@ def clean(labels: Labels, post: Post) -> Labels:
     if post.fill_holes:
         labels = fill_holes(labels)
     if post.remove_objects:
-        labels = remove_small(labels, post.min_object_size)
+        labels = remove_small(labels, max(post.min_object_size, round(post.min_object_share * typical_area(labels))))
     if post.filter_fiber:
         labels = remove_fiber(labels)
     return relabel(labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from config import CHECKPOINT_KEYS, Config, Valid, pick
+from config import CHECKPOINT_KEYS, Config, Valid
 from detector import MaskRCNN
 from helper import autocast, load_checkpoint, pick_device, pick_precision, tuned_values
+from labels import typical_diameter
 from model import load_model, memory_format, place
 from network import HEAD_CHANNELS, Network
 from postprocess import clean, instances
+from view import View, combine, show, undo, unzoom_maps, zoom_image
 
 _PADDING = {
     "reflect": (cv2.BORDER_REFLECT_101, 0),
@@ -27,12 +29,10 @@ _PADDING = {
     "white": (cv2.BORDER_CONSTANT, 255),
 }
 
-#: Names of views -> (quarter turns, mirrored?) of the dihedral group; several names make the union.
-VIEWS: dict[str, tuple[tuple[int, bool], ...]] = {
-    "flips": ((0, False), (0, True), (2, False), (2, True)),
-    "rotations": ((0, False), (1, False), (2, False), (3, False)),
-    "dihedral": tuple((k, mirrored) for k in range(4) for mirrored in (False, True)),
-}
+#: Most pixels of a batch of views: what is gained by a batch is lost in memory beyond it.
+BATCH_PIXELS = 2**20
+#: Most that an image is reduced and enlarged to bring its nuclei to one size.
+ZOOM_RANGE = (0.6, 2.0)
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,28 @@ class Segmenter:
     def probs(self, image: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Probability maps in [0, 1] of an (H, W, 3) uint8 image; see `predict_probs`."""
         config = self.config
-        probs = predict_probs(
-            image, self.networks, config.valid, config.thresholds, config.width, self.device, self.precision
-        )
+        zoomed = zoom_image(image, self.zoom(image))
+        probs = {head: _fit(maps, image.shape[:2]) for head, maps in self._predict(zoomed, config.valid).items()}
         if not config.contour.detect and len(self.networks) == 1:  # of several, each says by itself what it knows
             probs.pop("contour", None)
         return probs
+
+    def _predict(self, image: NDArray[np.uint8], valid: Valid) -> dict[str, NDArray[np.float32]]:
+        config = self.config
+        return predict_probs(image, self.networks, valid, config.thresholds, config.width, self.device, self.precision)
+
+    def zoom(self, image: NDArray[np.uint8]) -> float:
+        """How many times to enlarge an (H, W, 3) uint8 image, so that its nuclei are of the size networks know best.
+
+        A first look, one view of the image as it is, tells the typical diameter; 1 where it finds no nucleus.
+        """
+        valid = self.config.valid
+        if not valid.nucleus_diameter or not valid.pred_orig_size:
+            return 1.0
+        look = valid.model_copy(update={"test_time_augment": ()})
+        diameter = typical_diameter(self.separate(self._predict(image, look)))
+        zoom = float(np.clip(valid.nucleus_diameter / diameter, *ZOOM_RANGE)) if diameter else 1.0
+        return 1.0 if 0.9 < zoom < 1.1 else zoom  # so little is not worth the resampling
 
     def separate(self, probs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int32]:
         """The instances of probability maps by the rules of the settings, (H, W) int32."""
@@ -164,19 +180,14 @@ def predict_probs(
     dict
         head -> (H, W) float32 in [0, 1]; (C, H, W) of a head with several channels.
     """
-    height_width = image.shape[:2]
-    if valid.pred_orig_size:
-        source, (top, left) = _pad(image, valid, max(network.stride for network in networks))
-    else:
-        source, (top, left) = cv2.resize(image, (width, width), interpolation=cv2.INTER_AREA), (0, 0)
+    shape = image.shape[:2]
+    if not valid.pred_orig_size:
+        image = cv2.resize(image, (width, width), interpolation=cv2.INTER_AREA)
+    views = combine(valid.test_time_augment)
     each: dict[str, list[NDArray[np.float32]]] = {}
     for network in networks:
-        for head, probs in _average_views(source, network, valid.test_time_augment, device, precision).items():
-            if valid.pred_orig_size:
-                probs = probs[:, top : top + height_width[0], left : left + height_width[1]]
-            else:
-                probs = np.stack([cv2.resize(p, height_width[::-1], interpolation=cv2.INTER_LINEAR) for p in probs])
-            each.setdefault(head, []).append(np.ascontiguousarray(probs))
+        for head, maps in _average_views(image, network, views, valid, device, precision).items():
+            each.setdefault(head, []).append(unzoom_maps(maps, shape))
     if valid.ensemble == "vote":
         each |= {
             head: [(p > thresholds[head]).astype(np.float32) for p in maps]
@@ -184,6 +195,54 @@ def predict_probs(
             if head not in HEAD_CHANNELS
         }
     return {head: maps[0] if head in HEAD_CHANNELS else np.mean(maps, axis=0)[0] for head, maps in each.items()}
+
+
+def _average_views(
+    image: NDArray[np.uint8],
+    network: Network,
+    views: Sequence[View],
+    valid: Valid,
+    device: torch.device,
+    precision: torch.dtype,
+) -> dict[str, NDArray[np.float32]]:
+    """head -> (C, H, W), the mean over the views; of several channels the first view's, the image as it is."""
+    total: dict[str, NDArray[np.float32]] = {}
+    for zoom in dict.fromkeys(view.zoom for view in views):
+        mine = [view for view in views if view.zoom == zoom]
+        zoomed = zoom_image(image, zoom)
+        height, width = zoomed.shape[:2]
+        source, (top, left) = _pad(zoomed, valid, network.stride) if valid.pred_orig_size else (zoomed, (0, 0))
+        for view, maps in _predict_views(source, network, mine, device, precision):
+            for head, value in maps.items():
+                value = undo(value, view)[:, top : top + height, left : left + width]
+                value = unzoom_maps(np.ascontiguousarray(value), image.shape[:2])
+                if head not in total:
+                    total[head] = value
+                elif head not in HEAD_CHANNELS:
+                    total[head] = total[head] + value
+    n = np.float32(len(views))
+    return {head: value if head in HEAD_CHANNELS else value / n for head, value in total.items()}
+
+
+def _predict_views(
+    image: NDArray[np.uint8], network: Network, views: Sequence[View], device: torch.device, precision: torch.dtype
+) -> Iterator[tuple[View, dict[str, NDArray[np.float32]]]]:
+    """Views of one zoom with their maps, head -> (C, h, w), as seen in the view; those of one shape are a batch."""
+    for lying in (False, True):  # a quarter turn swaps the sides
+        mine = [view for view in views if view.turns % 2 == lying]
+        size = max(BATCH_PIXELS // (image.shape[0] * image.shape[1]), 1)
+        for some in (mine[i : i + size] for i in range(0, len(mine), size)):
+            batch = np.stack([show(image, view) for view in some]).transpose(0, 3, 1, 2)  # channels-last as it lies
+            with autocast(device, precision):
+                logits = network(torch.from_numpy(batch).to(device).contiguous(memory_format=memory_format(device)))
+            probs = {head: torch.sigmoid(logits[head].float()).cpu().numpy() for head in network.active}
+            for i, view in enumerate(some):
+                yield view, {head: value[i] for head, value in probs.items()}
+
+
+def _fit(maps: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Bring (H, W) or (C, H, W) maps to the (height, width) of the image."""
+    return unzoom_maps(maps, shape) if maps.ndim == 3 else unzoom_maps(maps[None], shape)[0]
 
 
 def _pad(image: NDArray[np.uint8], valid: Valid, stride: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
@@ -199,27 +258,3 @@ def _pad(image: NDArray[np.uint8], valid: Valid, stride: int) -> tuple[NDArray[n
 def _to_tensor(image: NDArray[np.uint8], device: torch.device) -> Tensor:
     """(H, W, 3) array -> (3, H, W) tensor on the device."""
     return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(device)
-
-
-def _average_views(
-    image: NDArray[np.uint8],
-    network: Network,
-    names: Sequence[str],
-    device: torch.device,
-    precision: torch.dtype,
-) -> dict[str, NDArray[np.float32]]:
-    """head -> (C, H, W), the mean over the views."""
-    views = sorted({view for name in names for view in pick(VIEWS, name, "view")}) or [(0, False)]
-    x = _to_tensor(image, device)
-    each: dict[str, list[Tensor]] = {}
-    for turns, mirrored in views:
-        view = torch.rot90(x.flip(-1) if mirrored else x, turns, (-2, -1))[None]
-        with autocast(device, precision):
-            logits = network(view.contiguous(memory_format=memory_format(device)))
-        for head in network.active:
-            value = logits[head]
-            probs = torch.rot90(torch.sigmoid(value[0].float()), -turns, (-2, -1))
-            each.setdefault(head, []).append(probs.flip(-1) if mirrored else probs)
-    # The first view is the image as it is, in any set of views.
-    means = {head: maps[0] if head in HEAD_CHANNELS else torch.stack(maps).mean(0) for head, maps in each.items()}
-    return {head: mean.cpu().numpy() for head, mean in means.items()}

@@ -218,15 +218,21 @@ def load_records(folder: Path, data: Path, options: Dataset) -> list[Record]:
     return filter_records(records, options)
 
 
-def balance_weights(records: Sequence[Record]) -> np.ndarray:
-    """How often each record is wanted in an epoch, so that all sub-categories come equally often; the mean is 1.
+def balance_weights(records: Sequence[Record], strength: float = 1.0) -> np.ndarray:
+    """How often each record is wanted in an epoch, so that rare sub-categories come more often; the mean is 1.
+
+    Parameters
+    ----------
+    strength : float
+        1: all sub-categories equally often; 0: every image as often; in between, a kind of n images comes as if it had
+        ``n ** (1 - strength)``.
 
     Returns
     -------
     (N,) float64
     """
     counts = Counter(record.sub_category for record in records)
-    weights = np.array([1.0 / counts[record.sub_category] for record in records])
+    weights = np.array([float(counts[record.sub_category]) ** -strength for record in records])
     return weights / weights.mean()
 
 

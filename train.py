@@ -163,8 +163,9 @@ def _read_all(
 
 
 def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: torch.device, precision: torch.dtype):
-    """network -> competition score, and pixel IoU of each head, on the validation images, one view an image."""
-    once = config.model_copy(update={"valid": config.valid.model_copy(update={"test_time_augment": ()})})
+    """network -> competition score, and pixel IoU of each head, on the validation images, one look at each."""
+    look = config.valid.model_copy(update={"test_time_augment": (), "nucleus_diameter": 0.0})
+    once = config.model_copy(update={"valid": look})
 
     def evaluate(model: Network) -> dict[str, float]:
         segmenter = Segmenter([model], once, device, precision)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from config import SPLIT_KEYS, Config
+from detector import MaskRCNN
 from helper import (
     find_checkpoint,
     fingerprint,
@@ -43,6 +44,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     prepare_process()
     paths = args.checkpoint or [find_checkpoint(args.checkpoint_dir)]
     segmenter = load_segmenter(paths, config)
+    if isinstance(segmenter.networks[0], MaskRCNN):
+        raise ValueError("a maskrcnn makes no maps to tune on; set [post] min_score by hand")
     print(f"Tuning {', '.join(str(path) for path in paths)} on {segmenter.device}")
     began = time.monotonic()
     cases = predict_cases(segmenter, config, args.data)

@@ -27,6 +27,7 @@ GRID: dict[str, tuple[Any, ...]] = {
     "post.marker_contour": (0.0, 0.25, 0.5, 0.75, 1.0),
     "post.min_score": (0.5, 0.6, 0.65, 0.7, 0.75, 0.8),
     "post.min_object_size": (6, 12, 20, 30, 40),
+    "post.min_object_share": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25),
     "post.grow": (0, 1),
     "post.policy": ("ws", "rw"),
 }

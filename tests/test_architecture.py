@@ -13,7 +13,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("color", "config", "files", "labels", "network"),
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
-        "tile", "annotation", "synthetic", "footprint", "helper",
+        "tile", "annotation", "synthetic", "footprint", "helper", "view",
     ),
     ("dataset", "plot", "score"),
     ("model", "tuning"),

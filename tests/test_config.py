@@ -43,7 +43,7 @@ OLD_KEYS = {
         "n_batch": ("4", 4),
         "n_worker": ("0", 0),
         "print_freq": ("1", 1),
-        "balance_group": ("1", True),
+        "balance_group": ("True", 1.0),
         "log_name": ("first", "first"),
     },
     "valid": {

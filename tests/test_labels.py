@@ -311,3 +311,12 @@ def test_maps_come_back_as_int32_and_inputs_stay(labels: np.ndarray) -> None:
         assert not np.shares_memory(result, labels)
     assert room.remove_small(labels, 5).dtype == np.int32
     assert np.array_equal(labels, before)
+
+
+def test_typical_area_is_that_of_a_typical_pixel():
+    labels = np.zeros((40, 40), np.int32)
+    labels[:10, :10], labels[20:30, :10], labels[20:30, 20:30] = 1, 2, 7
+    labels[39, ::2] = np.arange(10, 30)  # specks are many, and of no weight
+    assert room.typical_area(labels) == 100
+    assert room.typical_diameter(labels) == pytest.approx(2 * np.sqrt(100 / np.pi))
+    assert room.typical_area(np.zeros((3, 3), np.int32)) == 0 and room.typical_diameter(np.zeros((3, 3), np.int32)) == 0.0

@@ -286,3 +286,35 @@ def test_specks_of_another_colour_are_no_nuclei():
     probs["color"][:, 18:20, 16:18] = probs["color"][::-1, 18:20, 16:18]
     found = instances(probs, Post(), HALF)
     assert average_precision(TOUCHING, found, [0.95]) == [1.0]
+
+
+def test_grow_takes_background_alone():
+    grown = instances(ideal(TOUCHING), Post(grow=1), HALF)
+    plain = instances(ideal(TOUCHING), Post(), HALF)
+    assert np.array_equal(grown[plain > 0], plain[plain > 0])
+    assert np.array_equal(grown > 0, ndi.binary_dilation(plain > 0))
+
+
+def test_doubtful_nuclei_are_dropped():
+    probs = {"semantic": np.where(TOUCHING == 2, 0.6, 0.9 * (TOUCHING > 0)).astype(np.float32)}
+    probs["marker"] = ideal(TOUCHING)["marker"]
+    assert instances(probs, Post(min_score=0.5), HALF).max() == 3
+    found = instances(probs, Post(min_score=0.7), HALF)
+    assert found.max() == 2 and not found[24, 36]
+
+
+def test_the_contour_parts_markers_that_run_together():
+    probs = ideal(TOUCHING)
+    probs["marker"] = np.where(TOUCHING > 0, 0.9, 0.0).astype(np.float32)
+    assert instances(probs, Post(marker="marker"), HALF).max() == 1
+    assert instances(probs, Post(marker="marker", marker_contour=0.5), HALF).max() == 3
+    assert instances({k: v for k, v in probs.items() if k != "contour"}, Post(marker_contour=0.5), HALF).max() == 1
+
+
+def test_specks_beside_large_nuclei_are_dropped():
+    labels = disks((20, 18), (24, 44))
+    mask = labels > 0
+    mask[40:45, 2:7] = True  # 25 pixels, beside nuclei of more than 300
+    assert instances(flat(mask), Post(marker="peak", min_object_share=0), HALF).max() == 3
+    assert instances(flat(mask), Post(marker="peak"), HALF).max() == 2
+    assert instances(flat(mask[38:]), Post(marker="peak"), HALF).max() == 1  # alone it is a nucleus

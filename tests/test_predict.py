@@ -13,11 +13,12 @@ from torch import nn
 from config import Config, Valid
 from helper import save_checkpoint
 from model import build_model
-from predict import VIEWS, Segmenter, load_segmenter, predict_probs
+from predict import Segmenter, load_segmenter, predict_probs
+from view import VIEWS
 
 CPU = torch.device("cpu")
 HALF = {"semantic": 0.5, "contour": 0.5, "marker": 0.5}
-ONCE = {"test_time_augment": (), "border": 0}
+ONCE = {"test_time_augment": (), "border": 0, "nucleus_diameter": 0}
 
 
 class Toy(nn.Module):
@@ -45,12 +46,13 @@ def blurred(x):
 
 def ramp(x):
     """Knows where it is, and nothing of the image."""
+    n_image = len(x)
     y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in x.shape[-2:]), indexing="ij")
-    return (0.3 * y - 0.2 * x + 0.05 * x * y - 1)[None, None]
+    return (0.3 * y - 0.2 * x + 0.05 * x * y - 1).expand(n_image, 1, -1, -1)
 
 
 def constant(prob):
-    return lambda x: torch.full((1, 1, *x.shape[-2:]), float(np.log(prob / (1 - prob))))
+    return lambda x: torch.full((len(x), 1, *x.shape[-2:]), float(np.log(prob / (1 - prob))))
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -65,23 +67,8 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def test_views_are_the_symmetries_of_the_square():
-    image = np.arange(6).reshape(2, 3)
-
-    def seen(name):
-        turned = (np.rot90(np.fliplr(image) if mirrored else image, k) for k, mirrored in VIEWS[name])
-        return {(view.shape, view.tobytes()) for view in turned}
-
-    def named(*views):
-        return {(view.shape, view.tobytes()) for view in views}
-
-    assert seen("flips") == named(image, image[:, ::-1], image[::-1], image[::-1, ::-1])
-    assert seen("rotations") == named(*(np.rot90(image, k) for k in range(4)))
-    assert seen("dihedral") == seen("flips") | seen("rotations") | named(image.T, image[::-1, ::-1].T)
-    assert len(seen("dihedral")) == 8
-
-
-names = [views for n in (1, 2, 3) for views in combinations(VIEWS, n)]
+SQUARE = ("flips", "rotations", "dihedral")
+names = [views for n in (1, 2, 3) for views in combinations(SQUARE, n)]
 
 
 @pytest.mark.parametrize("views", names, ids="+".join)
@@ -91,22 +78,51 @@ def test_views_of_an_equivariant_network_agree(views, function):
     single = predict(image, Toy(semantic=function))["semantic"]
     toy = Toy(semantic=function)
     assert np.allclose(predict(image, toy, test_time_augment=views)["semantic"], single, atol=1e-6)
-    assert len(toy.seen) == len({view for name in views for view in VIEWS[name]})  # each once
+    assert sum(map(len, toy.seen)) == len({view for name in views for view in VIEWS[name]})  # each once
+    assert len(toy.seen) <= 2  # in batches, one lying and one standing
 
 
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("name", SQUARE)
 def test_views_are_averaged_as_probabilities(name):
     image = picture(6, 9)
     expected = []
-    for k, mirrored in VIEWS[name]:
-        view = np.rot90(np.fliplr(image) if mirrored else image, k)
-        answer = sigmoid(ramp(torch.zeros(1, 3, *view.shape[:2]))[0, 0].numpy())
-        back = np.rot90(answer, -k)
-        expected.append(np.fliplr(back) if mirrored else back)
+    for view in VIEWS[name]:
+        turned = np.rot90(np.fliplr(image) if view.mirrored else image, view.turns)
+        answer = sigmoid(ramp(torch.zeros(1, 3, *turned.shape[:2]))[0, 0].numpy())
+        back = np.rot90(answer, -view.turns)
+        expected.append(np.fliplr(back) if view.mirrored else back)
     found = predict(image, Toy(semantic=ramp), test_time_augment=(name,))["semantic"]
     assert found.dtype == np.float32
     assert np.allclose(found, np.mean(expected, axis=0), atol=1e-6)
     assert not np.allclose(found, expected[0], atol=1e-2)
+
+
+def test_an_image_is_seen_at_every_scale_and_its_maps_come_back():
+    image = np.zeros((40, 64, 3), np.uint8)
+    image[10:30, 16:48] = 255
+    toy = Toy(stride=8, semantic=brightness)
+    found = predict(image, toy, test_time_augment=("scales",))["semantic"]
+    assert [tuple(x.shape[-2:]) for x in toy.seen] == [(40, 64), (32, 48), (64, 96)]  # 30 x 48 and 60 x 96, padded
+    assert found.shape == (40, 64)
+    assert np.allclose(found[14:26, 20:44], sigmoid(2), atol=1e-3)
+    assert np.allclose(found[:6], sigmoid(-2), atol=1e-3)
+
+
+def test_a_view_in_other_colours_counts_as_much_as_any():
+    image = picture(8, 8)
+    found = predict(image, Toy(semantic=brightness), test_time_augment=("invert",))["semantic"]
+    both = [sigmoid(4 * x.mean(2) / 255 - 2) for x in (image, 255 - image)]
+    assert np.allclose(found, np.mean(both, axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize(("budget", "most"), [(1, 1), (8 * 9 * 3, 3), (2**20, 8)])
+def test_the_size_of_a_batch_changes_nothing(monkeypatch, budget, most):
+    views = ("dihedral", "flips*equalize")
+    expected = predict(picture(8, 9), Toy(semantic=blurred), test_time_augment=views)["semantic"]
+    monkeypatch.setattr("predict.BATCH_PIXELS", budget)
+    toy = Toy(semantic=blurred)
+    assert np.allclose(predict(picture(8, 9), toy, test_time_augment=views)["semantic"], expected)
+    assert max(map(len, toy.seen)) == most
 
 
 @pytest.mark.parametrize(
@@ -159,7 +175,7 @@ def test_heads_are_averaged_over_the_networks_that_have_them():
     found = predict(picture(20, 20), first, second)
     assert np.allclose(found["semantic"], 0.4, atol=1e-6)
     assert np.allclose(found["contour"], 0.9, atol=1e-6)
-    assert first.seen[0].shape == second.seen[0].shape == (1, 3, 32, 32)  # the larger stride serves both
+    assert (first.seen[0].shape, second.seen[0].shape) == ((1, 3, 20, 20), (1, 3, 32, 32))  # each by its stride
 
 
 def test_votes_are_the_share_of_networks_above_the_threshold():
@@ -233,12 +249,33 @@ def test_load_segmenter_mixes_checkpoints_and_inherits_from_the_first(tmp_path):
     assert all(np.allclose(found[head], expected[head], atol=1e-6) for head in found)
 
 
+@pytest.mark.parametrize(("radius", "zoom"), [(5, 2.0), (9, 26 / 18), (12, 1.0), (13, 1.0), (30, 0.6)])
+def test_nuclei_are_brought_to_one_size(radius, zoom):
+    y, x = np.indices((100, 120))
+    image = np.where(np.hypot(y - 50, x - 60) <= radius, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
+    toy = Toy(semantic=brightness, marker=brightness)
+    config = Config.model_validate({"valid": {**ONCE, "nucleus_diameter": 26}})
+    segmenter = Segmenter([toy], config, CPU, torch.float32)
+    assert segmenter.zoom(image) == pytest.approx(zoom, rel=0.03)
+    labels, probs = segmenter.predict(image)
+    assert toy.seen[-1].shape[-2] == pytest.approx(100 * zoom, rel=0.03)  # the second look, after the first
+    assert labels.shape == probs["semantic"].shape == (100, 120)
+    assert labels.max() == 1 and (labels > 0).sum() == pytest.approx((image[..., 0] > 0).sum(), rel=0.05)
+
+
+def test_an_image_without_nuclei_stays_as_it_is():
+    config = Config.model_validate({"valid": {**ONCE, "nucleus_diameter": 26}})
+    toy = Toy(semantic=constant(0.1))
+    assert Segmenter([toy], config, CPU, torch.float32)(picture(20, 30)).max() == 0
+    assert {tuple(x.shape[-2:]) for x in toy.seen} == {(20, 30)}
+
+
 # Colours, contours alone, detectors
 
 
 def by_side(x):
     """Four colours: the left half has the first, the right half the second, whatever is seen."""
-    logits = torch.full((1, 4, *x.shape[-2:]), -4.0)
+    logits = torch.full((len(x), 4, *x.shape[-2:]), -4.0)
     middle = x.shape[-1] // 2
     logits[:, 0, :, :middle] = logits[:, 1, :, middle:] = 4.0
     return logits

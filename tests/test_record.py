@@ -296,6 +296,14 @@ def test_balance_weights_by_hand():
     assert count_by(records, lambda record: record.id[0] < "c") == {False: 2, True: 2}
 
 
+def test_balance_may_go_half_of_the_way():
+    records = [Record(str(i), Path(), sub_category="common" if i < 16 else "rare") for i in range(20)]
+    weights = balance_weights(records, 0.5)
+    assert np.isclose(weights.mean(), 1)
+    assert np.isclose(weights[:16].sum() / weights[16:].sum(), 4 / 2)  # the square roots of 16 and 4
+    assert np.allclose(balance_weights(records, 0), 1)
+
+
 def test_balance_weights_even_out_every_kind():
     records = cohort(1)
     total = defaultdict(float)
