@@ -30,7 +30,7 @@ SPLIT_KEYS = tuple(
 CHECKPOINT_KEYS = (
     "default.width", "param.threshold", "param.threshold_edge", "param.threshold_mark", "param.threshold_distance",
     "param.threshold_color", "pre.channels", "pre.mean", "pre.std", "pre.percentile_low", "pre.percentile_high",
-    "pre.stretch", "contour.detect", "contour.exclusive", "post.min_score",
+    "pre.stretch", "pre.nucleus_diameter", "contour.detect", "contour.exclusive", "post.min_score",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -164,7 +164,6 @@ class Valid(Section):
     view_color_equalize: bool = False
     print_table: bool = False
     test_time_augment: Views = ("flips",)
-    nucleus_diameter: float = Field(26.0, ge=0)
     ensemble: Literal["avg", "vote"] = "avg"
 
     @property
@@ -187,6 +186,8 @@ class Pre(Section):
     rotate: bool = True
     min_scale: float = Field(0.55, gt=0)
     max_scale: float = Field(2.0, gt=0)
+    nucleus_diameter: float = Field(28.0, ge=0)
+    equal_size: bool = False
     aspect: float = Field(0.25, ge=0, lt=1)
     elastic_distortion: bool = True
     color_invert: bool = True

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from config import Config
 from image import Cache
-from labels import fill_holes, relabel, remove_small
+from labels import fill_holes, relabel, remove_small, typical_diameter
 from loss import parse_terms
 from record import Record, balance_weights
 from target import make_targets, plan_targets
@@ -60,6 +60,8 @@ class NucleiDataset:
         self.weight = config.param.weight if config.param.weight_map and _weighs(config, heads) else None
         self.transform = build_transform(config.pre, config.width, config.contour.precise)
         self.clean = build_cleaner(config)
+        self.equal_size = config.pre.equal_size
+        self.diameters: dict[int, float] = {}
         strength = config.train.balance_group
         self.balance = balance_weights(records, strength) if strength else None
 
@@ -71,7 +73,10 @@ class NucleiDataset:
         record = self.records[index]
         assert record.masks is not None
         labels = self.clean(self.cache.labels(record.image, record.masks))
-        return Sample(self.cache.image(record.image), labels, record.id, record.sub_category)
+        if self.equal_size and index not in self.diameters:
+            self.diameters[index] = typical_diameter(labels)
+        diameter = self.diameters.get(index, 0.0)
+        return Sample(self.cache.image(record.image), labels, record.id, record.sub_category, diameter)
 
     def item(self, index: int, epoch: int, position: int = 0) -> dict[str, NDArray]:
         """One augmented item; `position` in the epoch tells the copies of an image apart.

@@ -97,12 +97,12 @@ class Segmenter:
 
         A first look, one view of the image as it is, tells the typical diameter; 1 where it finds no nucleus.
         """
-        valid = self.config.valid
-        if not valid.nucleus_diameter or not valid.pred_orig_size:
+        valid, wanted = self.config.valid, self.config.pre.nucleus_diameter
+        if not wanted or not valid.pred_orig_size:
             return 1.0
         look = valid.model_copy(update={"test_time_augment": ()})
         diameter = typical_diameter(self.separate(self._predict(image, look)))
-        zoom = float(np.clip(valid.nucleus_diameter / diameter, *ZOOM_RANGE)) if diameter else 1.0
+        zoom = float(np.clip(wanted / diameter, *ZOOM_RANGE)) if diameter else 1.0
         return 1.0 if 0.9 < zoom < 1.1 else zoom  # so little is not worth the resampling
 
     def separate(self, probs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int32]:

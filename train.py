@@ -164,8 +164,8 @@ def _read_all(
 
 def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: torch.device, precision: torch.dtype):
     """network -> competition score, and pixel IoU of each head, on the validation images, one look at each."""
-    look = config.valid.model_copy(update={"test_time_augment": (), "nucleus_diameter": 0.0})
-    once = config.model_copy(update={"valid": look})
+    valid = config.valid.model_copy(update={"test_time_augment": ()})
+    once = config.model_copy(update={"valid": valid, "pre": config.pre.model_copy(update={"nucleus_diameter": 0.0})})
 
     def evaluate(model: Network) -> dict[str, float]:
         segmenter = Segmenter([model], once, device, precision)

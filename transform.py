@@ -17,6 +17,9 @@ import color
 from color import Image, Rng
 from config import Pre
 
+#: Most that a training image is reduced and enlarged to bring its nuclei to one size.
+EQUAL_RANGE = (0.4, 3.0)
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -30,12 +33,15 @@ class Sample:
     id : str
     group : str
         Kind of image, for balance and per-category scores.
+    diameter : float
+        Of its typical nucleus, in pixels; 0 where there is none, or nobody asks.
     """
 
     image: Image
     labels: NDArray[np.int32]
     id: str = ""
     group: str = ""
+    diameter: float = 0.0
 
 
 @dataclass
@@ -226,6 +232,8 @@ def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sa
         warp = Warp.centered(sample.labels.shape, (width, width))
         if not pre.random_crop:
             warp.linear = np.diag(np.array(warp.source_shape[::-1]) / width)
+        elif pre.equal_size and pre.nucleus_diameter and sample.diameter:
+            warp.linear /= np.clip(pre.nucleus_diameter / sample.diameter, *EQUAL_RANGE)
         for run in warps:
             warp = run(warp, rng, pre)
         sample = warp.apply(sample, precise)

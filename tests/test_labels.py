@@ -319,4 +319,6 @@ def test_typical_area_is_that_of_a_typical_pixel():
     labels[39, ::2] = np.arange(10, 30)  # specks are many, and of no weight
     assert room.typical_area(labels) == 100
     assert room.typical_diameter(labels) == pytest.approx(2 * np.sqrt(100 / np.pi))
-    assert room.typical_area(np.zeros((3, 3), np.int32)) == 0 and room.typical_diameter(np.zeros((3, 3), np.int32)) == 0.0
+    assert (
+        room.typical_area(np.zeros((3, 3), np.int32)) == 0 and room.typical_diameter(np.zeros((3, 3), np.int32)) == 0.0
+    )

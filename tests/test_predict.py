@@ -18,7 +18,8 @@ from view import VIEWS
 
 CPU = torch.device("cpu")
 HALF = {"semantic": 0.5, "contour": 0.5, "marker": 0.5}
-ONCE = {"test_time_augment": (), "border": 0, "nucleus_diameter": 0}
+ONCE = {"test_time_augment": (), "border": 0}
+AS_IT_IS = {"nucleus_diameter": 0}
 
 
 class Toy(nn.Module):
@@ -203,7 +204,7 @@ def test_segmenter_separates_bright_disks():
     y, x = np.mgrid[:40, :60]
     left, right = (np.hypot(y - 20, x - center) <= 9 for center in (21, 37))
     image = np.where((left | right)[..., None], 255, 0).astype(np.uint8).repeat(3, axis=2)
-    config = Config.model_validate({"valid": ONCE})
+    config = Config.model_validate({"valid": ONCE, "pre": AS_IT_IS})
     labels = Segmenter([Toy(semantic=brightness)], config, CPU, torch.float32)(image)
     assert labels.dtype == np.int32
     assert labels.max() == 2
@@ -213,7 +214,7 @@ def test_segmenter_separates_bright_disks():
 
 @pytest.mark.parametrize("detect", [True, False])
 def test_undetected_contour_is_left_out(detect):
-    config = Config.model_validate({"valid": ONCE, "contour": {"detect": detect}})
+    config = Config.model_validate({"valid": ONCE, "pre": AS_IT_IS, "contour": {"detect": detect}})
     toy = Toy(semantic=constant(0.9), contour=constant(0.9))
     found = Segmenter([toy], config, CPU, torch.float32).probs(picture(8, 8))
     assert found.keys() == ({"semantic", "contour"} if detect else {"semantic"})
@@ -222,7 +223,7 @@ def test_undetected_contour_is_left_out(detect):
 def save(path, name: str, seed: int, **settings) -> torch.nn.Module:
     torch.manual_seed(seed)
     model = build_model(name)
-    config = Config.model_validate(settings).to_dict()
+    config = Config.model_validate({"pre": AS_IT_IS, **settings}).to_dict()
     state = {"model": name, "options": {}, "weights": model.state_dict(), "epoch": 1, "config": config}
     save_checkpoint(path, state)
     return model.eval()
@@ -254,7 +255,7 @@ def test_nuclei_are_brought_to_one_size(radius, zoom):
     y, x = np.indices((100, 120))
     image = np.where(np.hypot(y - 50, x - 60) <= radius, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
     toy = Toy(semantic=brightness, marker=brightness)
-    config = Config.model_validate({"valid": {**ONCE, "nucleus_diameter": 26}})
+    config = Config.model_validate({"valid": ONCE, "pre": {"nucleus_diameter": 26}})
     segmenter = Segmenter([toy], config, CPU, torch.float32)
     assert segmenter.zoom(image) == pytest.approx(zoom, rel=0.03)
     labels, probs = segmenter.predict(image)
@@ -264,7 +265,7 @@ def test_nuclei_are_brought_to_one_size(radius, zoom):
 
 
 def test_an_image_without_nuclei_stays_as_it_is():
-    config = Config.model_validate({"valid": {**ONCE, "nucleus_diameter": 26}})
+    config = Config.model_validate({"valid": ONCE, "pre": {"nucleus_diameter": 26}})
     toy = Toy(semantic=constant(0.1))
     assert Segmenter([toy], config, CPU, torch.float32)(picture(20, 30)).max() == 0
     assert {tuple(x.shape[-2:]) for x in toy.seen} == {(20, 30)}
