@@ -122,6 +122,65 @@ def average_precision(
     return hits / (sum(iou.shape) - hits)
 
 
+#: What can become of a true nucleus; the first is good.
+VERDICTS = ("found", "merged", "split", "tight", "wide", "missed")
+
+
+class Diagnosis(NamedTuple):
+    """What became of the nuclei of an image."""
+
+    verdicts: NDArray[np.str_]
+    """(n_true,): one of `VERDICTS` of each true nucleus, by increasing id."""
+    areas: NDArray[np.int64]
+    """(n_true,): its area, in pixels."""
+    ratios: NDArray[np.float64]
+    """(n_true,): predicted over true area of a found nucleus, NaN of others."""
+    invented: int
+    """Predicted nuclei that lie for less than a quarter on any true one."""
+
+
+def diagnose(true: Labels, pred: Labels) -> Diagnosis:
+    """Say of each true nucleus whether it was found (IoU above 0.5), and if not, what went wrong.
+
+    ``merged``: more than half of it lies in one prediction together with more than half of another. ``split``: at least
+    two predictions lie mainly in it. ``missed``: predictions cover less than a quarter. Else what overlaps it most is
+    too small (``tight``) or too large (``wide``).
+
+    Parameters
+    ----------
+    true, pred
+        (H, W) integers >= 0, of one shape.
+
+    Raises
+    ------
+    ValueError
+        As `iou_matrix`.
+    """
+    table = overlap_table(relabel(true), relabel(pred))
+    inter, union = _inter_union(table)
+    areas, sizes = table[1:].sum(axis=1), table[:, 1:].sum(axis=0)
+    inside = inter > 0.5 * areas[:, None]  # (true, pred): the true one lies mainly in the predicted one
+    pieces = inter > 0.5 * sizes
+    hit = inter > 0.5 * union
+    found = hit.any(axis=1)
+    best = inter.argmax(axis=1) if inter.shape[1] else np.zeros(len(areas), int)
+    size = sizes[best] if len(sizes) else np.zeros(len(areas), int)
+    verdicts = np.select(
+        [
+            found,
+            (inside & (inside.sum(axis=0) > 1)).any(axis=1),
+            pieces.sum(axis=1) > 1,
+            inter.sum(axis=1) < 0.25 * areas,
+            size < areas,
+        ],
+        ["found", "merged", "split", "missed", "tight"],
+        "wide",
+    )
+    ratios = np.where(found, size / np.maximum(areas, 1), np.nan)
+    invented = int(np.count_nonzero(inter.max(axis=0, initial=0) < 0.25 * sizes))
+    return Diagnosis(verdicts, areas, ratios, invented)
+
+
 def panoptic_quality(true: Labels, pred: Labels, threshold: float = 0.5) -> float:
     """Sum of the pairs' IoU over TP + FP / 2 + FN / 2: how well nuclei are drawn times how well they are
     found.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from files import replacing
-from metric import THRESHOLDS, average_precision, pixel_iou
+from metric import THRESHOLDS, VERDICTS, average_precision, diagnose, pixel_iou
 from record import Record
 
 
@@ -28,6 +28,8 @@ class Score:
         Pixel IoU of the foreground, regardless of instances.
     n_true, n_pred : int
         Nuclei there, and nuclei found.
+    errors : dict
+        How many true nuclei have each of `metric.VERDICTS` but the first, and how many predicted ones are "invented".
     """
 
     id: str
@@ -36,6 +38,7 @@ class Score:
     iou: float
     n_true: int
     n_pred: int
+    errors: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def mean_precision(self) -> float:
@@ -44,6 +47,8 @@ class Score:
 
 def score_image(record: Record, truth: NDArray[np.int32], labels: NDArray[np.int32]) -> Score:
     """Compare the labels of an image with the truth, both (H, W) int32."""
+    diagnosis = diagnose(truth, labels)
+    errors = {name: int((diagnosis.verdicts == name).sum()) for name in VERDICTS[1:]}
     return Score(
         record.id,
         record.sub_category,
@@ -51,6 +56,7 @@ def score_image(record: Record, truth: NDArray[np.int32], labels: NDArray[np.int
         pixel_iou(truth > 0, labels > 0),
         int(truth.max(initial=0)),
         int(labels.max(initial=0)),
+        errors | {"invented": diagnosis.invented},
     )
 
 
@@ -62,9 +68,7 @@ def summarize(scores: Sequence[Score]) -> dict[str, dict[str, float]]:
     dict
         category -> {"images", "score", "iou", "ap50", "ap75", "true", "found"}.
     """
-    categories = sorted({score.category for score in scores} - {""})
-    groups = {name: [s for s in scores if s.category == name] for name in categories} | {"all": list(scores)}
-    return {name: _means(members) for name, members in groups.items() if members}
+    return {name: _means(members) for name, members in _by_category(scores).items() if members}
 
 
 def format_summary(summary: dict[str, dict[str, float]]) -> str:
@@ -73,6 +77,16 @@ def format_summary(summary: dict[str, dict[str, float]]) -> str:
     for name, row in summary.items():
         values = "".join(f"{row[key]:>8.4f}" for key in ("score", "ap50", "ap75", "iou"))
         lines.append(f"{name:<20}{row['images']:>7.0f}{values}{row['true']:>8.0f}{row['found']:>8.0f}")
+    return "\n".join(lines)
+
+
+def format_errors(scores: Sequence[Score]) -> str:
+    """What went wrong, by category, as a table to print: see `metric.diagnose`."""
+    names = (*VERDICTS[1:], "invented")
+    lines = [f"{'category':<20}{'nuclei':>8}" + "".join(f"{name:>10}" for name in names)]
+    for category, members in _by_category(scores).items():
+        counts = "".join(f"{sum(s.errors.get(name, 0) for s in members):>10}" for name in names)
+        lines.append(f"{category:<20}{sum(s.n_true for s in members):>8}{counts}")
     return "\n".join(lines)
 
 
@@ -105,3 +119,8 @@ def _means(scores: Sequence[Score]) -> dict[str, float]:
         "true": sum(s.n_true for s in scores),
         "found": sum(s.n_pred for s in scores),
     }
+
+
+def _by_category(scores: Sequence[Score]) -> dict[str, list[Score]]:
+    categories = sorted({score.category for score in scores} - {""})
+    return {name: [s for s in scores if s.category == name] for name in categories} | {"all": list(scores)}

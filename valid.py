@@ -33,7 +33,7 @@ from helper import find_checkpoint, make_parser, prepare_process, run_script
 from image import ImageError, read_image, read_labels
 from predict import Segmenter, load_segmenter
 from record import Record, find_records, load_records, load_split
-from score import Score, format_summary, score_image, summarize, write_scores
+from score import Score, format_errors, format_summary, score_image, summarize, write_scores
 
 
 @dataclass
@@ -81,6 +81,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     if tally.scores:
         print(format_summary(summarize(tally.scores)))
     if args.iou:
+        print(format_errors(tally.scores))
         write_scores(folder / "iou.csv", tally.scores)
         print(f"{folder / 'iou.csv'}: scores of {len(tally.scores)} images")
     refused = f", {len(tally.refused)} refused" if tally.refused else ""

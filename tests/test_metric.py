@@ -219,3 +219,28 @@ def test_shapes_that_differ_are_refused(function) -> None:
 def test_threshold_is_an_iou(threshold: float) -> None:
     with pytest.raises(ValueError, match=str(threshold)):
         metric.match(TRUE, PRED, threshold)
+
+
+def test_every_error_has_a_name():
+    true, pred = np.zeros((60, 80), np.int32), np.zeros((60, 80), np.int32)
+    true[2:12, 2:12], pred[2:12, 3:13] = 3, 1  # found
+    true[2:12, 20:30], true[2:12, 30:40], pred[2:12, 20:40] = 5, 6, 2  # merged
+    true[20:40, 2:22], pred[20:29, 2:22], pred[31:40, 2:22] = 8, 3, 4  # split
+    true[20:30, 30:40], pred[20:24, 30:40] = 9, 5  # tight
+    true[20:26, 50:56], pred[18:30, 48:60] = 11, 6  # wide
+    true[45:55, 30:40], pred[45:47, 30:40] = 12, 7  # missed: a fifth is covered
+    pred[45:55, 60:70] = 8  # invented
+    found = metric.diagnose(true, pred)
+    assert found.verdicts.tolist() == ["found", "merged", "merged", "split", "tight", "wide", "missed"]
+    assert found.areas.tolist() == [100, 100, 100, 400, 100, 36, 100]
+    assert found.invented == 1
+    assert found.ratios[0] == 1 and np.isnan(found.ratios[1:]).all()
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_nothing_to_diagnose(swap):
+    one, none = np.ones((4, 4), np.int32), np.zeros((4, 4), np.int32)
+    found = metric.diagnose(none, one) if swap else metric.diagnose(one, none)
+    assert found.verdicts.tolist() == ([] if swap else ["missed"])
+    assert found.invented == int(swap)
+    assert metric.diagnose(none, none).invented == 0 and len(metric.diagnose(none, none).verdicts) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from metric import THRESHOLDS
 from record import Record
-from score import Score, format_summary, score_image, summarize, write_scores
+from score import Score, format_errors, format_summary, score_image, summarize, write_scores
 
 
 def score(name: str, category: str, precision: list[float], iou: float = 0.5, n: tuple[int, int] = (4, 3)) -> Score:
@@ -110,3 +110,16 @@ def test_csv_keeps_odd_names(tmp_path):
     assert [(row["image_id"], row["category"]) for row in rows] == [
         ('a,"b"', "kern, groß"), ("[kern, groß]", "kern, groß"), ("[all]", "all")
     ]  # fmt: skip
+
+
+def test_errors_are_counted_by_category():
+    truth, labels = np.zeros((12, 12), np.int32), np.zeros((12, 12), np.int32)
+    truth[0:3, 0:4], truth[8:11, 0:4] = 1, 2
+    labels[0:2, 0:4], labels[5:7, 8:10] = 1, 2
+    one = score_image(Record("x", Path("x.png"), sub_category="tissue"), truth, labels)
+    assert one.errors == {"merged": 0, "split": 0, "tight": 0, "wide": 0, "missed": 1, "invented": 1}
+    lines = format_errors([one, one]).splitlines()
+    assert lines[0].split() == ["category", "nuclei", "merged", "split", "tight", "wide", "missed", "invented"]
+    assert [line.split() for line in lines[1:]] == [
+        [name, "4", "0", "0", "0", "0", "2", "2"] for name in ("tissue", "all")
+    ]
