@@ -199,6 +199,7 @@ class Pre(Section):
     fade_nuclei: bool = True
     stain_shift: bool = True
     recolor: bool = True
+    style_mix: bool = False
     illumination: bool = True
     blur: bool = True
     add_noise: bool = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,7 @@ class NucleiDataset:
         self.weight = config.param.weight if config.param.weight_map and _weighs(config, heads) else None
         self.transform = build_transform(config.pre, config.width, config.contour.precise)
         self.clean = build_cleaner(config)
+        self.mixes_style = config.pre.style_mix
         self.equal_size = config.pre.equal_size
         self.diameters: dict[int, float] = {}
         strength = config.train.balance_group
@@ -87,7 +89,11 @@ class NucleiDataset:
             "image" -> (3, H, W) uint8, head -> (1, H, W) float32, "weight" -> (1, H, W) float32 where the settings
             ask for it.
         """
-        sample = self.transform(self.sample(index), np.random.default_rng([self.seed, epoch, index, position]))
+        rng = np.random.default_rng([self.seed, epoch, index, position])
+        sample = self.sample(index)
+        if self.mixes_style:
+            sample = replace(sample, style=self.cache.image(self.records[rng.integers(len(self))].image))
+        sample = self.transform(sample, rng)
         image = np.ascontiguousarray(sample.image.transpose(2, 0, 1))
         return {"image": image, **make_targets(sample.labels, self.plan, self.weight)}
 

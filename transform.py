@@ -33,6 +33,8 @@ class Sample:
     id : str
     group : str
         Kind of image, for balance and per-category scores.
+    style : (H', W', 3) uint8, optional
+        Another image, whose style it may take; of any size.
     diameter : float
         Of its typical nucleus, in pixels; 0 where there is none, or nobody asks.
     """
@@ -42,6 +44,7 @@ class Sample:
     id: str = ""
     group: str = ""
     diameter: float = 0.0
+    style: Image | None = None
 
 
 @dataclass
@@ -169,6 +172,15 @@ def _crop(warp: Warp, rng: Rng, pre: Pre) -> Warp:
     return replace(warp, center=rng.uniform(low, size - low) - 0.5)
 
 
+def _cut(image: Image, width: int, rng: Rng) -> Image:
+    """A square of `width` from anywhere in an image; one that is smaller is enlarged first."""
+    height, across = image.shape[:2]
+    if min(height, across) < width:
+        return np.asarray(cv2.resize(image, (width, width), interpolation=cv2.INTER_LINEAR), np.uint8)
+    y, x = rng.integers(height - width + 1), rng.integers(across - width + 1)
+    return image[y : y + width, x : x + width]
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """One row: what runs, on what, and which switch of ``[pre]`` wants it.
@@ -176,8 +188,9 @@ class Augmentation:
     Attributes
     ----------
     run : callable
-        ``run(warp, rng, pre)``, ``run(image, labels, rng)`` or ``run(image, rng)``, by `stage`.
-    stage : {'warp', 'nuclei', 'image'}
+        ``run(warp, rng, pre)``, ``run(image, labels, rng)``, ``run(image, style, rng)`` or ``run(image, rng)``, by
+        `stage`.
+    stage : {'warp', 'nuclei', 'style', 'image'}
     switch : str
     """
 
@@ -194,6 +207,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "elastic_distortion": Augmentation(_elastic, "warp", "elastic_distortion"),
     "random_crop": Augmentation(_crop, "warp", "random_crop"),
     "fade_nuclei": Augmentation(color.fade_nuclei, "nuclei", "fade_nuclei"),
+    "style_mix": Augmentation(color.mix_style, "style", "style_mix"),
     "color_equalize": Augmentation(color.equalize_some, "image", "color_equalize"),
     "color_jitter": Augmentation(color.jitter, "image", "color_jitter"),
     "stain_shift": Augmentation(color.shift_stain, "image", "stain_shift"),
@@ -226,7 +240,8 @@ def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sa
     Labels keep their ids; those that fall outside are gone.
     """
     rows = [row for row in AUGMENTATIONS.values() if getattr(pre, row.switch)]
-    warps, nuclei, images = ([row.run for row in rows if row.stage == stage] for stage in ("warp", "nuclei", "image"))
+    stages = ("warp", "nuclei", "style", "image")
+    warps, nuclei, styles, images = ([row.run for row in rows if row.stage == stage] for stage in stages)
 
     def transform(sample: Sample, rng: Rng) -> Sample:
         warp = Warp.centered(sample.labels.shape, (width, width))
@@ -240,6 +255,9 @@ def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sa
         image = sample.image
         for run in nuclei:
             image = run(image, sample.labels, rng)
+        if sample.style is not None:
+            for run in styles:
+                image = run(image, _cut(sample.style, width, rng), rng)
         for run in images:
             image = run(image, rng)
         return replace(sample, image=image)

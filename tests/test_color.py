@@ -149,3 +149,21 @@ def test_nuclei_fade_nowhere_without_nuclei_or_without_background():
     for labels in (np.zeros((96, 96), np.int32), np.ones((96, 96), np.int32)):
         for seed in range(20):
             assert np.array_equal(color.fade_nuclei(TISSUE, labels, np.random.default_rng(seed)), TISSUE)
+
+
+def test_style_takes_colour_and_shading_and_leaves_the_shapes():
+    other = np.full(TISSUE.shape, (40, 120, 200), np.uint8)
+    found = [color.mix_style(TISSUE, other, np.random.default_rng(seed)) for seed in range(200)]
+    changed = [f for f in found if not np.array_equal(f, TISSUE)]
+    assert 20 <= len(changed) <= 60
+    for f in changed:
+        away = np.abs(f.mean(axis=(0, 1)) - other.mean(axis=(0, 1)))
+        assert (away < np.abs(TISSUE.mean(axis=(0, 1)) - other.mean(axis=(0, 1))) + 8).all()
+        fine, before = (np.diff(x.astype(float), axis=0).ravel() for x in (f, TISSUE))
+        assert np.corrcoef(fine, before)[0, 1] > 0.7
+    assert max(np.abs(f.mean(axis=(0, 1)) - TISSUE.mean(axis=(0, 1))).max() for f in changed) > 30
+
+
+def test_an_image_has_its_own_style():
+    for seed in range(30):
+        assert np.abs(color.mix_style(TISSUE, TISSUE, np.random.default_rng(seed)).astype(int) - TISSUE).max() <= 1

@@ -14,7 +14,7 @@ SIZE = 96
 SWITCHES = [
     "random_crop", "flip", "rotate", "elastic_distortion", "color_invert", "color_jitter", "color_equalize", "gray",
     "color_space_shift", "channel_shuffle", "add_noise", "fade_nuclei", "stain_shift", "recolor", "illumination",
-    "blur",
+    "blur", "style_mix",
 ]  # fmt: skip
 every_row = pytest.mark.parametrize("name", AUGMENTATIONS)
 colour_rows = pytest.mark.parametrize("name", [name for name, row in AUGMENTATIONS.items() if row.stage != "warp"])
@@ -29,7 +29,7 @@ def draw(seed: int = 0, shape: tuple[int, int] = (SIZE, SIZE), kind: str = "tiss
     """A sample whose ids have gaps and need more than 16 bits."""
     image, labels = draw_sample(seed, shape, kind)
     assert labels.max() >= 2
-    return Sample(image, labels * np.int32(70_001), "an id", "a group")
+    return Sample(image, labels * np.int32(70_001), "an id", "a group", style=image[::-1, ::2] // 2)
 
 
 def run(pre: Pre, sample: Sample, seed: int, width: int = SIZE, precise: bool = False) -> Sample:
@@ -88,7 +88,8 @@ def test_read_only_memory_maps_are_as_good(tmp_path, precise):
     sample = draw(1, (120, 140))
     np.save(tmp_path / "image.npy", sample.image)
     np.save(tmp_path / "labels.npy", sample.labels)
-    mapped = Sample(np.load(tmp_path / "image.npy", mmap_mode="r"), np.load(tmp_path / "labels.npy", mmap_mode="r"))
+    image, labels = (np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("image", "labels"))
+    mapped = Sample(image, labels, style=sample.style)
     for switches in (SWITCHES, []):
         found = run(switched(*switches), mapped, 3, 64, precise)
         assert same(found, run(switched(*switches), sample, 3, 64, precise))
