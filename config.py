@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,12 @@ def _split_list(value: Any) -> Any:
 def _parse_json(value: Any) -> Any:
     """A JSON value; nothing is what the default is made of."""
     return (json.loads(value) if value.strip() else None) if isinstance(value, str) else value
+
+
+def _some_weight(value: tuple[float, ...]) -> tuple[float, ...]:
+    if value and not any(value):
+        raise ValueError("wanted at least one weight above 0")
+    return value
 
 
 def _truth_as_number(value: Any) -> Any:
@@ -79,6 +85,9 @@ FreezeEpochs = Annotated[Literal["auto", "forever"] | Annotated[int, Field(ge=0)
 OptionalBool = Annotated[bool | None, BeforeValidator(_empty_to_none)]
 OptionalInt = Annotated[int | None, BeforeValidator(_empty_to_none)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_empty_to_none)]
+Weights = Annotated[
+    tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(_split_list), AfterValidator(_some_weight)
+]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_truth_as_number)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -165,6 +174,7 @@ class Valid(Section):
     print_table: bool = False
     test_time_augment: Views = ("flips",)
     ensemble: Literal["avg", "vote"] = "avg"
+    ensemble_weights: Weights = ()
 
     @property
     def figure_position(self) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@ take it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,48 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labe
     labels = pick(POLICIES, policy, "policy")(mask, markers, probs)
     labels = drop_doubtful(labels, probs["semantic"], post.min_score)
     return clean(expand_labels(labels, post.grow) if post.grow else labels, post)
+
+
+def merge(
+    members: Sequence[Probs], thresholds: Mapping[str, float], ensemble: str = "avg", weights: Sequence[float] = ()
+) -> dict[str, NDArray[np.float32]]:
+    """What several networks say together.
+
+    Parameters
+    ----------
+    members : sequence of mapping
+        Of each network: head -> (H, W) float32 in [0, 1], or (C, H, W). They may differ in their heads: each head is
+        that of the networks that have it. Maps of several channels are not mixed, the first network's are taken: which
+        nucleus has which colour differs from network to network.
+    thresholds : mapping
+        head -> probability, for votes.
+    ensemble : {'avg', 'vote'}
+        Mean probability, or the share of networks above the threshold.
+    weights : sequence of float, optional
+        How much each network counts; all the same by default. One that counts nothing lends no head.
+
+    Returns
+    -------
+    dict
+        head -> map, float32 in [0, 1].
+    """
+    merged: dict[str, NDArray[np.float32]] = {}
+    total: dict[str, float] = {}
+    for maps, weight in zip(members, weights or [1.0] * len(members), strict=True):
+        for head, probs in maps.items() if weight else ():
+            if probs.ndim == 3:
+                merged.setdefault(head, probs)
+                continue
+            said = (probs > thresholds[head]).astype(np.float32) if ensemble == "vote" else probs
+            merged[head] = merged[head] + np.float32(weight) * said if head in merged else np.float32(weight) * said
+            total[head] = total.get(head, 0.0) + weight
+    return {head: maps / np.float32(total[head]) if head in total else maps for head, maps in merged.items()}
+
+
+def merged_thresholds(probs: Probs, thresholds: Mapping[str, float], ensemble: str) -> dict[str, float]:
+    """The thresholds for what `merge` gives: where networks have voted, each by its own, half is a majority."""
+    voted = {head for head, maps in probs.items() if ensemble == "vote" and maps.ndim == 2}
+    return {head: 0.5 if head in voted else threshold for head, threshold in thresholds.items()}
 
 
 def drop_doubtful(labels: Labels, semantic: NDArray[np.float32], min_score: float) -> Labels:

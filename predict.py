@@ -19,7 +19,7 @@ from helper import autocast, load_checkpoint, pick_device, pick_precision, tuned
 from labels import typical_diameter
 from model import load_model, memory_format, place
 from network import HEAD_CHANNELS, Network
-from postprocess import clean, instances
+from postprocess import clean, instances, merge, merged_thresholds
 from view import View, combine, show, undo, unzoom_maps, zoom_image
 
 _PADDING = {
@@ -80,17 +80,25 @@ class Segmenter:
         return clean(labels, config.post), {"semantic": semantic}
 
     def probs(self, image: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        """Probability maps in [0, 1] of an (H, W, 3) uint8 image; see `predict_probs`."""
-        config = self.config
-        zoomed = zoom_image(image, self.zoom(image))
-        probs = {head: _fit(maps, image.shape[:2]) for head, maps in self._predict(zoomed, config.valid).items()}
-        if not config.contour.detect and len(self.networks) == 1:  # of several, each says by itself what it knows
-            probs.pop("contour", None)
-        return probs
+        """Probability maps in [0, 1] of an (H, W, 3) uint8 image, head -> (H, W) or (C, H, W), of all networks
+        together."""
+        return self._merge(self.members(image))
 
-    def _predict(self, image: NDArray[np.uint8], valid: Valid) -> dict[str, NDArray[np.float32]]:
-        config = self.config
-        return predict_probs(image, self.networks, valid, config.thresholds, config.width, self.device, self.precision)
+    def members(self, image: NDArray[np.uint8]) -> list[dict[str, NDArray[np.float32]]]:
+        """As `probs`, of each network."""
+        zoomed = zoom_image(image, self.zoom(image))
+        members = self._predict(zoomed, self.config.valid)
+        return [{head: _fit(maps, image.shape[:2]) for head, maps in each.items()} for each in members]
+
+    def _predict(self, image: NDArray[np.uint8], valid: Valid) -> list[dict[str, NDArray[np.float32]]]:
+        members = predict_each(image, self.networks, valid, self.config.width, self.device, self.precision)
+        if not self.config.contour.detect and len(members) == 1:  # of several, each says by itself what it knows
+            members[0].pop("contour", None)
+        return members
+
+    def _merge(self, members: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
+        valid = self.config.valid
+        return merge(members, self.config.thresholds, valid.ensemble, valid.ensemble_weights)
 
     def zoom(self, image: NDArray[np.uint8]) -> float:
         """How many times to enlarge an (H, W, 3) uint8 image, so that its nuclei are of the size networks know best.
@@ -101,16 +109,14 @@ class Segmenter:
         if not wanted or not valid.pred_orig_size:
             return 1.0
         look = valid.model_copy(update={"test_time_augment": ()})
-        diameter = typical_diameter(self.separate(self._predict(image, look)))
+        diameter = typical_diameter(self.separate(self._merge(self._predict(image, look))))
         zoom = float(np.clip(wanted / diameter, *ZOOM_RANGE)) if diameter else 1.0
         return 1.0 if 0.9 < zoom < 1.1 else zoom  # so little is not worth the resampling
 
     def separate(self, probs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int32]:
         """The instances of probability maps by the rules of the settings, (H, W) int32."""
-        thresholds = self.config.thresholds
-        if self.config.valid.ensemble == "vote":  # each network has used its threshold; now the majority counts
-            thresholds = {head: t if head in HEAD_CHANNELS else 0.5 for head, t in thresholds.items()}
-        return instances(probs, self.config.post, thresholds)
+        config = self.config
+        return instances(probs, config.post, merged_thresholds(probs, config.thresholds, config.valid.ensemble))
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an image, (H, W) int32."""
@@ -136,6 +142,9 @@ def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
             raise ValueError(
                 f"{path} reads images by {other.pre.policy}, {paths[0]} by {config.pre.policy}: no ensemble"
             )
+    weights = config.valid.ensemble_weights
+    if weights and len(weights) != len(paths):
+        raise ValueError(f"[valid] ensemble_weights: {len(weights)} for {len(paths)} checkpoints; wanted one for each")
     device = pick_device(config.train.device)
     networks = [place(load_model(c), device) for c in checkpoints]
     if len(networks) > 1 and any(isinstance(network, MaskRCNN) for network in networks):
@@ -150,51 +159,40 @@ def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
 
 
 @torch.inference_mode()
-def predict_probs(
+def predict_each(
     image: NDArray[np.uint8],
     networks: Sequence[Network],
     valid: Valid,
-    thresholds: Mapping[str, float],
     width: int,
     device: torch.device,
     precision: torch.dtype = torch.float32,
-) -> dict[str, NDArray[np.float32]]:
-    """Probability maps of an image, averaged over views and networks.
+) -> list[dict[str, NDArray[np.float32]]]:
+    """Probability maps of an image by each network, averaged over views.
 
     Parameters
     ----------
     image : (H, W, 3) uint8
-    networks : sequence of modules
-        They may differ in their heads: each head is averaged over those that have it. A colour head is not averaged:
-        which nucleus has which colour differs from network to network, and from view to view.
     valid : Valid
-        Views, padding, or the squeeze to `width` and back (``pred_orig_size = False``), and how networks are combined:
-        ``avg`` is the mean probability, ``vote`` the share of networks above the threshold.
-    thresholds : mapping
-        head -> probability, for votes.
+        Views, padding, or the squeeze to `width` and back (``pred_orig_size = False``).
     width : int
         Input size of the networks, in pixels.
 
     Returns
     -------
-    dict
-        head -> (H, W) float32 in [0, 1]; (C, H, W) of a head with several channels.
+    list of dict
+        head -> (H, W) float32 in [0, 1]; (C, H, W) of a head with several channels, of the image as it is: from view to
+        view the colours of nuclei differ.
     """
     shape = image.shape[:2]
     if not valid.pred_orig_size:
         image = cv2.resize(image, (width, width), interpolation=cv2.INTER_AREA)
     views = combine(valid.test_time_augment)
-    each: dict[str, list[NDArray[np.float32]]] = {}
+    each = []
     for network in networks:
-        for head, maps in _average_views(image, network, views, valid, device, precision).items():
-            each.setdefault(head, []).append(unzoom_maps(maps, shape))
-    if valid.ensemble == "vote":
-        each |= {
-            head: [(p > thresholds[head]).astype(np.float32) for p in maps]
-            for head, maps in each.items()
-            if head not in HEAD_CHANNELS
-        }
-    return {head: maps[0] if head in HEAD_CHANNELS else np.mean(maps, axis=0)[0] for head, maps in each.items()}
+        maps = _average_views(image, network, views, valid, device, precision)
+        maps = {head: unzoom_maps(value, shape) for head, value in maps.items()}
+        each.append({head: value if head in HEAD_CHANNELS else value[0] for head, value in maps.items()})
+    return each
 
 
 def _average_views(

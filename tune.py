@@ -53,10 +53,12 @@ def run(config: Config, args: argparse.Namespace) -> int:
     with Tuner(cases, segmenter.config, n_worker=min(os.cpu_count() or 1, len(cases))) as tuner:
         if not tuner.grid:
             raise ValueError("everything that could be tuned is set by the settings")
+        start = tuner.start
+        tuner.weigh()
         best = tuner.search()
-        before, after, honest = tuner.scores(tuner.start), tuner.scores(best), tuner.cross_validate()
+        before, after, honest = tuner.scores(start), tuner.scores(best), tuner.cross_validate()
     print(format_gain([case.kind for case in cases], before, after, honest))
-    changed = {key: value for key, value in best if value != dict(tuner.start)[key]}
+    changed = {key: value for key, value in best if value != dict(start).get(key)}
     print("\n".join(f"{key} = {value}" for key, value in changed.items()) or "nothing to change")
     print(
         f"{len(cases)} images predicted in {predicted - began:.0f} s, {tuner.n_judged} choices judged in "
@@ -78,7 +80,7 @@ def predict_cases(segmenter: Segmenter, config: Config, data: Path) -> list[Case
             raise ValueError(record.problem or f"{record.image}: has no masks to tune against")
         image = read_image(record.image, *segmenter.config.pre.policy)
         truth = read_labels(record.masks, image.shape[:2])
-        cases.append(Case.pack(record.sub_category, segmenter.probs(image), truth))
+        cases.append(Case.pack(record.sub_category, segmenter.members(image), truth))
     return cases
 
 

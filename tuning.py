@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config import Config
+from labels import relabel
 from metric import average_precision
-from postprocess import instances
+from postprocess import Probs, instances, merge, merged_thresholds
 
 #: Settings that are searched, and the values tried, in this order.
 GRID: dict[str, tuple[Any, ...]] = {
@@ -32,6 +33,11 @@ GRID: dict[str, tuple[Any, ...]] = {
     "post.policy": ("ws", "rw"),
 }
 
+#: Side (px) of the part of an image that is judged: a large image would take as long as all others together.
+WINDOW = 512
+#: How often `Tuner.weigh` adds a network.
+N_PICKS = 8
+
 Choice = tuple[tuple[str, Any], ...]
 
 
@@ -43,26 +49,32 @@ class Case:
     ----------
     kind : str
         What cross-validation leaves out together.
-    probs : dict
-        head -> (H, W) or (C, H, W) uint8, 255 times the probability: a quarter of the memory, and thresholds are never
-        nearer to each other than that.
+    members : tuple of dict
+        What each network says: head -> (H, W) or (C, H, W) uint8, 255 times the probability. That takes a quarter of
+        the memory, and thresholds are never nearer to each other.
     truth : (H, W) int32
     """
 
     kind: str
-    probs: Mapping[str, NDArray[np.uint8]]
+    members: tuple[Mapping[str, NDArray[np.uint8]], ...]
     truth: NDArray[np.int32]
 
     @classmethod
-    def pack(cls, kind: str, probs: Mapping[str, NDArray[np.float32]], truth: NDArray[np.int32]) -> Case:
-        """From maps of float32 in [0, 1]."""
-        return cls(kind, {head: np.rint(255 * p).astype(np.uint8) for head, p in probs.items()}, truth)
+    def pack(cls, kind: str, members: Sequence[Probs], truth: NDArray[np.int32]) -> Case:
+        """From maps of float32 in [0, 1]; of a large image the middle `WINDOW` square."""
+        top, left = (max(side - WINDOW, 0) // 2 for side in truth.shape)
+        box = np.s_[..., top : top + WINDOW, left : left + WINDOW]
+        packed = ({head: np.rint(255 * p[box]).astype(np.uint8) for head, p in maps.items()} for maps in members)
+        return cls(kind, tuple(packed), relabel(truth[box]))
 
 
 def judge(case: Case, config: Config) -> float:
     """The mean average precision of an image whose nuclei are separated by the settings."""
-    probs = {head: p.astype(np.float32) / np.float32(255) for head, p in case.probs.items()}
-    return float(average_precision(case.truth, instances(probs, config.post, config.thresholds)).mean())
+    members = [{h: p.astype(np.float32) / np.float32(255) for h, p in maps.items()} for maps in case.members]
+    thresholds, valid = config.thresholds, config.valid
+    probs = merge(members, thresholds, valid.ensemble, valid.ensemble_weights)
+    labels = instances(probs, config.post, merged_thresholds(probs, thresholds, valid.ensemble))
+    return float(average_precision(case.truth, labels).mean())
 
 
 @dataclass
@@ -89,6 +101,7 @@ class Tuner:
 
     def __post_init__(self) -> None:
         self.grid = {key: values for key, values in self.grid.items() if key not in self.config.user_set}
+        self.weights: Choice = ()
         self._known: dict[Choice, NDArray[np.float64]] = {}
         self._pool = None
         if self.n_worker:
@@ -112,7 +125,7 @@ class Tuner:
     def start(self) -> Choice:
         """What the settings say now of everything that is searched."""
         dump = self.config.model_dump()
-        return tuple((key, dump[key.split(".")[0]][key.split(".")[1]]) for key in self.grid)
+        return self.weights + tuple((key, dump[key.split(".")[0]][key.split(".")[1]]) for key in self.grid)
 
     def scores(self, choice: Choice) -> NDArray[np.float64]:
         """The score of each image under a choice, (N,) float64."""
@@ -159,6 +172,24 @@ class Tuner:
         if not 0 <= index < len(values):
             return None
         return tuple((name, values[index] if name == key else value) for name, value in choice)
+
+    def weigh(self) -> None:
+        """Start from the best weights of the networks of an ensemble; of a single network there is nothing to weigh.
+
+        Networks are added one by one, each as often as it helps most (Caruana et al. 2004, Ensemble selection from
+        libraries of models, doi:10.1145/1015330.1015432); the best mixture on the way is taken.
+        """
+        n, plain = len(self.cases[0].members), self.start
+        key = "valid.ensemble_weights"
+        if n == 1 or key in self.config.user_set:
+            return
+        counts, best_score = np.zeros(n), self.scores(self.start).mean()
+        for _ in range(N_PICKS):
+            trials = [tuple((counts + np.eye(n)[i]).tolist()) for i in range(n)]
+            scores = [self.scores(((key, trial), *plain)).mean() for trial in trials]
+            counts = np.array(trials[int(np.argmax(scores))])
+            if max(scores) > best_score + 1e-6:
+                self.weights, best_score = ((key, tuple(counts.tolist())),), max(scores)
 
     def cross_validate(self) -> NDArray[np.float64]:
         """The score of each image under what the search finds on the images of all other kinds, (N,) float64.

@@ -13,7 +13,8 @@ from torch import nn
 from config import Config, Valid
 from helper import save_checkpoint
 from model import build_model
-from predict import Segmenter, load_segmenter, predict_probs
+from postprocess import merge
+from predict import Segmenter, load_segmenter, predict_each
 from view import VIEWS
 
 CPU = torch.device("cpu")
@@ -61,7 +62,8 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def predict(image, *networks, width=64, thresholds=HALF, **valid):
-    return predict_probs(image, networks, Valid(**{**ONCE, **valid}), thresholds, width, CPU)
+    valid = Valid(**{**ONCE, **valid})
+    return merge(predict_each(image, networks, valid, width, CPU), thresholds, valid.ensemble, valid.ensemble_weights)
 
 
 def sigmoid(x):
@@ -186,6 +188,27 @@ def test_votes_are_the_share_of_networks_above_the_threshold():
     assert np.allclose(found["semantic"], 2 / 3)
     assert np.allclose(found["marker"], 1.0)
     assert np.allclose(predict(picture(3, 4), *networks)["semantic"], 0.55, atol=1e-6)
+
+
+def test_networks_count_by_their_weight():
+    networks = [
+        Toy(semantic=constant(0.2), contour=constant(0.3)),
+        Toy(semantic=constant(0.8)),
+        Toy(marker=constant(0.9)),
+    ]
+    found = predict(picture(3, 4), *networks, ensemble_weights=(3, 1, 0))
+    assert found.keys() == {"semantic", "contour"}
+    assert np.allclose(found["semantic"], (3 * 0.2 + 0.8) / 4, atol=1e-6)
+    assert np.allclose(found["contour"], 0.3, atol=1e-6)
+    votes = predict(picture(3, 4), *networks, ensemble_weights=(3, 1, 0), ensemble="vote")
+    assert np.allclose(votes["semantic"], 1 / 4)
+
+
+def test_weights_are_one_for_each_checkpoint(tmp_path):
+    save(tmp_path / "1.pkl", "unet", 1)
+    config = Config.model_validate({"valid": {"ensemble_weights": (1, 2)}})
+    with pytest.raises(ValueError, match="2 for 1 checkpoints"):
+        load_segmenter([tmp_path / "1.pkl"], config)
 
 
 def test_same_image_same_maps():

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage as ndi
 
 from config import Config, load_config
-from tuning import Case, Tuner, judge
+from tuning import WINDOW, Case, Tuner, judge
 
 SHAPE = (64, 80)
 SMALL = {"param.threshold": (0.3, 0.4, 0.5, 0.6, 0.7), "post.min_object_size": (0, 12, 30)}
@@ -25,7 +25,7 @@ def case(edge: float, kind: str = "", seed: int = 0, specks: bool = False) -> Ca
     semantic = np.clip(edge + 0.08 * depth, 0, 1).astype(np.float32)
     for i in range(5 if specks else 0):
         semantic[30:34, 2 + 16 * i : 7 + 16 * i] = 1
-    return Case.pack(kind, {"semantic": semantic}, truth)
+    return Case.pack(kind, [{"semantic": semantic}], truth)
 
 
 def settings(*overrides: str) -> Config:
@@ -97,8 +97,32 @@ def test_a_rule_that_is_left_to_the_heads_counts_as_the_first():
         assert dict(tuner.search()) == {"post.policy": "auto"}  # ws is no better than auto, which is ws here
 
 
+def test_of_a_large_image_the_middle_is_judged():
+    truth = np.arange(700 * 20, dtype=np.int32).reshape(700, 20)
+    probs = {"semantic": np.ones((700, 20), np.float32), "color": np.ones((4, 700, 20), np.float32)}
+    packed = Case.pack("", [probs], truth)
+    assert packed.truth.shape == (WINDOW, 20) and packed.truth.max() == WINDOW * 20
+    assert packed.members[0]["semantic"].shape == (WINDOW, 20) and packed.members[0]["color"].shape == (4, WINDOW, 20)
+
+
+def test_networks_of_an_ensemble_are_weighed():
+    good, bad = case(0.5), case(0.2)
+    cases = [Case("", (bad.members[0], good.members[0], bad.members[0]), good.truth)]
+    with Tuner(cases, settings(), SMALL) as tuner:
+        plain = tuner.scores(tuner.start)
+        tuner.weigh()
+        ((key, weights), *_) = tuner.start
+        assert key == "valid.ensemble_weights"
+        assert weights[1] > weights[0] + weights[2]
+        assert tuner.scores(tuner.start) > plain
+        assert dict(tuner.search())[key] == weights
+    with Tuner(cases, settings("valid.ensemble_weights=1,1,1"), SMALL) as tuner:
+        tuner.weigh()
+        assert tuner.weights == ()
+
+
 def test_maps_are_packed_in_a_quarter_of_the_memory():
     probs = {"semantic": ndi.gaussian_filter(np.random.default_rng(0).random(SHAPE), 2).astype(np.float32)}
-    packed = Case.pack("", probs, np.zeros(SHAPE, np.int32))
-    assert packed.probs["semantic"].nbytes * 4 == probs["semantic"].nbytes
-    assert np.abs(packed.probs["semantic"] / 255 - probs["semantic"]).max() <= 0.5 / 255 + 1e-6
+    packed = Case.pack("", [probs], np.zeros(SHAPE, np.int32))
+    assert packed.members[0]["semantic"].nbytes * 4 == probs["semantic"].nbytes
+    assert np.abs(packed.members[0]["semantic"] / 255 - probs["semantic"]).max() <= 0.5 / 255 + 1e-6

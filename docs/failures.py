@@ -1,0 +1,63 @@
+"""Draw the outlines of the nuclei that were drawn worst, of each kind of image: green true, red found, yellow both.
+
+    python docs/failures.py docs/failures.png weights/default.pkl DATA
+
+DATA is a data folder; its validation images are predicted. Images themselves are not drawn, so that the figure may be
+published where they may not.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from config import SPLIT_KEYS, load_config
+from image import read_image, read_labels
+from metric import diagnose
+from plot import compare, save, side_by_side
+from predict import load_segmenter
+from record import load_split
+from score import score_image
+
+#: Side (px) of what is shown of an image.
+WINDOW = 256
+
+
+def main(target: str, checkpoint: str, data: str) -> None:
+    config = load_config(folder=data)
+    segmenter = load_segmenter([checkpoint], config)
+    _, records = load_split(Path(data), config.inherit(segmenter.saved, SPLIT_KEYS).dataset)
+    worst: dict[str, tuple[float, str, np.ndarray]] = {}
+    for record in records:
+        assert record.masks is not None
+        image = read_image(record.image, *segmenter.config.pre.policy)
+        truth, labels = read_labels(record.masks, image.shape[:2]), segmenter(image)
+        score = score_image(record, truth, labels).mean_precision
+        if record.sub_category not in worst or score < worst[record.sub_category][0]:
+            box = worst_window(truth, labels)
+            canvas = compare(np.zeros((*truth[box].shape, 3), np.uint8), labels[box], truth[box])
+            worst[record.sub_category] = score, record.id, canvas
+    panels = {f"{kind}: {name[:6]}, mAP {score:.2f}": canvas for kind, (score, name, canvas) in sorted(worst.items())}
+    save(side_by_side(panels, columns=3), target)
+
+
+def worst_window(truth: np.ndarray, labels: np.ndarray) -> tuple[slice, slice]:
+    """Where in an image most nuclei were not found."""
+    height, width = truth.shape
+    corners = [
+        (y, x)
+        for y in range(0, max(height - WINDOW, 0) + 1, WINDOW // 2)
+        for x in range(0, max(width - WINDOW, 0) + 1, WINDOW // 2)
+    ]
+    boxes = [(slice(y, y + WINDOW), slice(x, x + WINDOW)) for y, x in corners]
+    return max(boxes, key=lambda box: int((diagnose(truth[box], labels[box]).verdicts != "found").sum()))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
