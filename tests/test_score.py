@@ -10,7 +10,16 @@ import pytest
 
 from metric import THRESHOLDS
 from record import Record
-from score import Score, format_errors, format_summary, score_image, summarize, write_scores
+from score import (
+    Score,
+    format_errors,
+    format_summary,
+    paired_difference,
+    read_scores,
+    score_image,
+    summarize,
+    write_scores,
+)
 
 
 def score(name: str, category: str, precision: list[float], iou: float = 0.5, n: tuple[int, int] = (4, 3)) -> Score:
@@ -123,3 +132,29 @@ def test_errors_are_counted_by_category():
     assert [line.split() for line in lines[1:]] == [
         [name, "4", "0", "0", "0", "0", "2", "2"] for name in ("tissue", "all")
     ]
+
+
+def test_scores_read_back_without_the_categories(tmp_path):
+    write_scores(tmp_path / "iou.csv", SCORES)
+    found = read_scores(tmp_path / "iou.csv")
+    assert found.keys() == {"a", "b", "c", "d"}
+    assert found["b"] == pytest.approx(0.5)
+
+
+def test_a_paired_difference_does_not_mind_hard_and_easy_images():
+    rng = np.random.default_rng(0)
+    hard = {f"{i}": float(x) for i, x in enumerate(rng.random(80))}
+    better = {name: x + 0.02 + 0.01 * float(rng.standard_normal()) for name, x in hard.items()} | {"other": 1.0}
+    mean, low, high = paired_difference(hard, better)
+    assert low < 0.02 < high and 0.01 < low < mean < high < 0.03
+    assert paired_difference(hard, hard) == (0, 0, 0)
+    with pytest.raises(ValueError, match="no image has a score"):
+        paired_difference(hard, {})
+
+
+def test_the_interval_is_that_of_a_normal_mean():
+    gain = np.random.default_rng(1).normal(0.1, 1, 400)
+    mean, low, high = paired_difference(
+        {str(i): 0.0 for i in range(400)}, {str(i): float(g) for i, g in enumerate(gain)}
+    )
+    assert (low, high) == pytest.approx((mean - 1.96 * gain.std() / 20, mean + 1.96 * gain.std() / 20), abs=0.01)
