@@ -2,8 +2,8 @@
 
     python docs/ablation.py docs/ablation.png runs/baseline runs/strong_colour runs/equal_size
 
-A run is a folder that holds known/iou.csv and unknown/iou.csv, as `valid.py --iou --output` writes them: scores on kinds
-of images that were trained on, and on kinds that were not.
+A run is a folder that holds known/iou.csv and unknown/iou.csv, as `valid.py --iou --output` writes them: scores on
+kinds of images that were trained on, and on kinds that were not.
 """
 
 from __future__ import annotations
