@@ -60,8 +60,8 @@ class NucleiDataset:
         self.weight = config.param.weight if config.param.weight_map and _weighs(config, heads) else None
         self.transform = build_transform(config.pre, config.width, config.contour.precise)
         self.clean = build_cleaner(config)
-        strength = config.train.balance_group
-        self.balance = balance_weights(records, strength) if strength else None
+        strength, factors = config.train.balance_group, config.train.category_weights
+        self.balance = balance_weights(records, strength, factors) if strength or factors else None
 
     def __len__(self) -> int:
         return len(self.records)
