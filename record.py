@@ -157,7 +157,7 @@ def derive_record(
     return Record(id, image, masks, **same, patient=SEPARATOR.join(patients), origin=SEPARATOR.join(origins))
 
 
-def book_records(path: str | Path, records: Sequence[Record]) -> int:
+def book_records(path: str | Path, records: Sequence[Record], dry_run: bool = False) -> int:
     """Add a row a record to a CSV that describes images; what is in it already stays as it is.
 
     Parameters
@@ -166,6 +166,8 @@ def book_records(path: str | Path, records: Sequence[Record]) -> int:
         Made where it is missing; a column that is missing is added.
     records : sequence of Record
         Those that are booked already are passed over.
+    dry_run : bool
+        Write nothing.
 
     Returns
     -------
@@ -188,10 +190,10 @@ def book_records(path: str | Path, records: Sequence[Record]) -> int:
             raise ValueError(
                 f"{path}: '{record.id}' is there with the origin '{booked}', not '{record.origin}'; rename that image"
             )
+    if not fresh or dry_run:
+        return len(fresh)
     header, rows = _read_cells(path) if path.is_file() else (["image_id", *CSV_COLUMNS], [])
     wider = header + [column for column in CSV_COLUMNS if column not in header]
-    if not fresh:
-        return 0
     cells = [{"image_id": r.id, **{column: getattr(r, column) for column in CSV_COLUMNS}} for r in fresh]
     rows = [row + [""] * (len(wider) - len(row)) for row in rows]
     with replacing(path, sync=True) as stage, open(stage, "w", newline="", encoding="utf-8") as file:
