@@ -8,6 +8,7 @@ records are kin where they share either, and no split parts kin.
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import os
 from collections import Counter, defaultdict
@@ -394,6 +395,33 @@ def divide_records(records: Sequence[Record], options: Dataset) -> tuple[list[Re
     else:
         train, valid = split_records(records, options.cv_ratio, options.cv_seed, options.cv_group)
     return _filter_sides(train, valid, options)
+
+
+def join_records(
+    records: Sequence[Record], train: Sequence[Record], valid: Sequence[Record], options: Dataset
+) -> tuple[list[Record], list[Record]]:
+    """Which of `records`, new to a split that is there, join its training and its validation side.
+
+    A record joins the side of its kin; those without kin there are divided by the settings.
+    """
+    held, trained = {record.id for record in valid}, {record.id for record in train}
+    sides: dict[str, list[Record]] = {"train": [], "valid": [], "new": []}
+    new = {record.id: record for record in records if record.id not in held | trained}
+    for group in group_records([*train, *valid, *new.values()], options.cv_group):
+        ids = {record.id for record in group}
+        side = "valid" if ids & held else "train" if ids & trained else "new"
+        sides[side] += [new[record.id] for record in group if record.id in new]
+    more_train, more_valid = divide_records(sides["new"], options) if sides["new"] else ([], [])
+    return sides["train"] + more_train, sides["valid"] + more_valid
+
+
+def copy_records(records: Sequence[Record], taken: Iterable[str]) -> list[Record]:
+    """A copy of each record, with its paths, under the first name ``<id>_copy<n>`` that is not taken."""
+    names, copies = set(taken), []
+    for record in records:
+        name = next(name for n in itertools.count(1) if (name := f"{record.id}_copy{n}") not in names)
+        copies.append(derive_record(name, record.image, [record], record.masks))
+    return copies
 
 
 def load_records(folder: Path, data: Path, options: Dataset) -> list[Record]:
