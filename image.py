@@ -337,7 +337,9 @@ def _read_mask(path: Path) -> NDArray[np.bool_]:
     array, alpha = _decode(path)
     if array.ndim == 3:
         array = array[..., :-1].max(axis=-1) if alpha else array.max(axis=-1)
-    return array > array.max(initial=0) / 2
+    top = array.max(initial=0)
+    # Of whole numbers the half is rounded down, which changes nothing, rather than all of them turned to float.
+    return array > (top / 2 if array.dtype.kind == "f" else top // 2)
 
 
 def _read_label_map(path: Path, shape: tuple[int, int] | None) -> NDArray[np.int32]:
