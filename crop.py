@@ -31,9 +31,10 @@ def run(config: Config, args: argparse.Namespace) -> int:
     if min(args.step, args.width) < 1 or not 0 < args.scale < float("inf"):
         raise ValueError(f"--step {args.step} --width {args.width} --scale {args.scale}: each must be above 0")
     began = time.monotonic()
-    source = Path(os.path.abspath(args.folder))
-    target = args.folder.with_name(f"{source.name}_crop") if args.folder.name == source.name else Path(f"{source}_crop")
-    table = find_table(config, args)
+    whole = Path(os.path.abspath(args.folder))
+    source = args.folder if args.folder.name == whole.name else whole  # "." and ".." have no name to add to
+    target = source.with_name(f"{source.name}_crop")
+    table = find_table(config, source, args.data)
     records = load_records(args.folder, table.parent, config.dataset)
     tally = crop_records(records, target, table, Cut(args.step, args.width, args.scale), args.dry_run)
     print(format_tally(tally))
@@ -51,12 +52,11 @@ def run(config: Config, args: argparse.Namespace) -> int:
     return 3 if tally.refused else 0
 
 
-def find_table(config: Config, args: argparse.Namespace) -> Path:
+def find_table(config: Config, source: Path, data: Path) -> Path:
     """The table that describes the images and books the pieces; it need not be there."""
     if config.dataset.csv_file is not None:
         return config.dataset.csv_file
-    beside = Path(os.path.abspath(args.folder)).parent / "dataset.csv"
-    inside = args.data / "dataset.csv"
+    beside, inside = source.parent / "dataset.csv", data / "dataset.csv"
     return inside if inside.is_file() and not beside.is_file() else beside
 
 

@@ -515,9 +515,9 @@ def format_epoch(train: Sequence[Record], valid: Sequence[Record], weights: NDAr
     rows = [(k or "uncategorised", int(n), d, held[k]) for k, n, d in zip(kinds, images, drawn, strict=True)]
     rows.append(("all", len(train), float(drawn.sum()), len(valid)))
     width = max(len(name) for name, *_ in rows)
-    lines = [f"{'':{width}}  training  an epoch  each  validation"]
+    lines = [f"{'':{width}}  training  an epoch   each  validation"]
     for name, n, d, v in rows:
-        lines.append(f"{name:{width}}  {n:8}  {d:8.0f}  {f'{d / n:.1f}x' if n else '-':>4}  {v:10}")
+        lines.append(f"{name:{width}}  {n:8}  {d:8.0f}  {f'{d / n:.1f}x' if n else '-':>5}  {v:10}")
     return "\n".join(lines)
 
 
