@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import cv2
+import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ from scipy import ndimage
 from files import replacing
 from labels import Labels, relabel
 
+#: A mask is flat: without a filter it is written and read faster, and is smaller, than with one.
+PNG_FILTER_NONE = 0x08
 CSV_HEADER = ("ImageId", "EncodedPixels")
 
 
@@ -178,7 +181,9 @@ def write_masks(folder: str | os.PathLike[str], labels: Labels) -> None:
         stage.mkdir()
         for number, box in enumerate(ndimage.find_objects(labels), start=1):
             canvas[box] = np.where(labels[box] == number, 255, 0)
-            (stage / f"{number:0{width}d}.png").write_bytes(cv2.imencode(".png", canvas)[1].tobytes())
+            (stage / f"{number:0{width}d}.png").write_bytes(
+                imagecodecs.png_encode(canvas, level=1, filter=PNG_FILTER_NONE)
+            )
             canvas[box] = 0
         if masks.exists():
             shutil.rmtree(masks)

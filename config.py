@@ -24,8 +24,12 @@ DEFAULT_FILE = Path(__file__).with_name("config_default.ini")
 #: What decides which images a network was trained on.
 SPLIT_KEYS = tuple(
     f"dataset.{key}"
-    for key in ("csv_file", "source", "major_category", "sub_category", "cv_ratio", "cv_seed", "cv_group", "valid_ids")
-)
+    for key in (
+        "csv_file", "source", "major_category", "sub_category", "blacklist", "train_source", "train_major_category",
+        "train_sub_category", "train_blacklist", "valid_source", "valid_major_category", "valid_sub_category",
+        "valid_blacklist", "cv_ratio", "cv_seed", "cv_group", "cv_folds", "cv_fold", "leave_out", "valid_ids",
+    )
+)  # fmt: skip
 #: What a checkpoint knows better than the defaults: how its network wants to see images, and what was tuned for it.
 CHECKPOINT_KEYS = (
     "default.width", "param.threshold", "param.threshold_edge", "param.threshold_mark", "param.threshold_distance",
@@ -38,6 +42,17 @@ T = TypeVar("T")
 
 def _split_list(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _weights(value: Any) -> Any:
+    """ "HE: 3, IHC: 0.5" -> name -> number."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.rpartition(":") for part in _split_list(value)]
+    lacking = [weight for name, _, weight in pairs if not name.strip()]
+    if lacking:
+        raise ValueError(f"'{lacking[0].strip()}' has no weight; wanted name: number, as in HE: 3, IHC: 0.5")
+    return {name.strip(): weight.strip() for name, _, weight in pairs}
 
 
 def _parse_json(value: Any) -> Any:
@@ -77,6 +92,7 @@ def _views(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_list)]
+Weights = Annotated[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]], BeforeValidator(_weights)]
 Views = Annotated[tuple[str, ...], BeforeValidator(_views)]
 Channels = Annotated[tuple[int, ...], BeforeValidator(_split_list), Field(max_length=3)]
 OptionalTriple = Annotated[tuple[float, float, float] | None, BeforeValidator(_parse_json)]
@@ -149,6 +165,7 @@ class Train(Section):
     n_worker: int = Field(2, ge=0)
     print_freq: int = Field(10, ge=1)
     balance_group: Share = 0.5
+    category_weights: Weights = {}
     log_name: str = ""
     seed: int = Field(1, ge=0)
     optimizer: Literal["adam", "adamw"] = "adamw"
@@ -255,12 +272,40 @@ class Dataset(Section):
     source: Names = ()
     major_category: Names = ()
     sub_category: Names = ()
+    blacklist: Names = ()
+    train_source: Names = ()
+    train_major_category: Names = ()
+    train_sub_category: Names = ()
+    train_blacklist: Names = ()
+    valid_source: Names = ()
+    valid_major_category: Names = ()
+    valid_sub_category: Names = ()
+    valid_blacklist: Names = ()
     cv_ratio: float = Field(0.1, ge=0, lt=1)
     cv_seed: int = 1
     cv_group: Literal["patient", "image"] = "patient"
+    cv_folds: int = Field(0, ge=0)
+    cv_fold: int = Field(1, ge=1)
+    leave_out: Names = ()
     valid_ids: OptionalPath = None
     on_bad: Literal["refuse", "skip"] = "refuse"
     cache_dir: OptionalPath = None
+
+    @property
+    def divides(self) -> bool:
+        """Whether the settings say how to divide data/train, so that a folder data/valid is passed over."""
+        return bool(self.valid_ids or self.cv_folds or self.leave_out)
+
+    @model_validator(mode="after")
+    def _one_way_to_divide(self) -> Dataset:
+        chosen = [name for name in ("valid_ids", "cv_folds", "leave_out") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} are set, and each says which images validate; keep one")
+        if self.cv_folds == 1:
+            raise ValueError("cv_folds = 1 leaves nothing to train on; wanted 2 or more, or 0 for none")
+        if self.cv_folds and self.cv_fold > self.cv_folds:
+            raise ValueError(f"cv_fold = {self.cv_fold} is not among the cv_folds = {self.cv_folds}")
+        return self
 
 
 class Config(Section):

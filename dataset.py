@@ -64,8 +64,8 @@ class NucleiDataset:
         self.mixes_style = config.pre.style_mix
         self.equal_size = config.pre.equal_size
         self.diameters: dict[int, float] = {}
-        strength = config.train.balance_group
-        self.balance = balance_weights(records, strength) if strength else None
+        strength, factors = config.train.balance_group, config.train.category_weights
+        self.balance = balance_weights(records, strength, factors) if strength or factors else None
 
     def __len__(self) -> int:
         return len(self.records)

@@ -1,25 +1,35 @@
 """What images there are: find them on disk, describe them by a CSV, filter, split and balance them. Pixels are not
-touched."""
+touched.
+
+What is made from images (pieces, copies, mixtures) is booked in the CSV with its `origin` and inherits their patients;
+records are kin where they share either, and no split parts kin.
+"""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from config import Dataset
+from files import replacing
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"})
 LABEL_FOLDERS = ("masks", "labels")
-CSV_COLUMNS = ("source", "major_category", "sub_category", "patient")
+LIST_SUFFIXES = frozenset({".txt", ".csv"})
+CSV_COLUMNS = ("source", "major_category", "sub_category", "patient", "origin")
+#: Between the names of a cell that holds several.
+SEPARATOR = ";"
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,10 @@ class Record:
     problem : str
         Why it cannot be read, where that is known from the folder alone.
     patient : str
-        Specimen; images that share it must stay on one side of a split. An image without one is its own.
+        Specimen; images that share it must stay on one side of a split. An image without one is its own. A mixture
+        has several, with semicolons between.
+    origin : str
+        Ids of all images it was made from, with semicolons between; empty for an image that was taken.
     """
 
     id: str
@@ -47,6 +60,15 @@ class Record:
     sub_category: str = ""
     patient: str = ""
     problem: str = ""
+    origin: str = ""
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        return _names(self.patient)
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        return _names(self.origin)
 
 
 def find_records(path: str | Path) -> list[Record]:
@@ -117,19 +139,113 @@ def describe_records(records: Sequence[Record], table: dict[str, dict[str, str]]
     for record in records:
         row = table.get(record.id)
         if row is not None:
-            source, major, sub, patient = (row.get(column) or "" for column in CSV_COLUMNS)
-            record = replace(record, source=source, major_category=major, sub_category=sub, patient=patient)
+            source, major, sub, patient, origin = (row.get(column) or "" for column in CSV_COLUMNS)
+            record = replace(
+                record, source=source, major_category=major, sub_category=sub, patient=patient, origin=origin
+            )
         described.append(record)
     return described
 
 
-def filter_records(records: Sequence[Record], options: Dataset) -> list[Record]:
-    """Keep what the white lists allow; an image passes when every list that is set names its value."""
-    wanted = {column: set(getattr(options, column)) for column in CSV_COLUMNS[:3] if getattr(options, column)}
-    kept = [r for r in records if all(getattr(r, column) in names for column, names in wanted.items())]
+def derive_record(
+    id: str, image: Path, parents: Sequence[Record], masks: Path | tuple[Path, ...] | None = None
+) -> Record:
+    """The record of a piece, a copy or a mixture: it inherits what its parents agree on, and the patients of all."""
+    shared = {column: {getattr(parent, column) for parent in parents} for column in CSV_COLUMNS[:3]}
+    same = {column: values.pop() if len(values) == 1 else "" for column, values in shared.items()}
+    patients = dict.fromkeys(name for parent in parents for name in parent.patients)
+    origins = dict.fromkeys(name for parent in parents for name in (parent.id, *parent.origins))
+    return Record(id, image, masks, **same, patient=SEPARATOR.join(patients), origin=SEPARATOR.join(origins))
+
+
+def book_records(path: str | Path, records: Sequence[Record], dry_run: bool = False) -> int:
+    """Add a row a record to a CSV that describes images; what is in it already stays as it is.
+
+    Parameters
+    ----------
+    path : path
+        Made where it is missing; a column that is missing is added.
+    records : sequence of Record
+        Those that are booked already are passed over.
+    dry_run : bool
+        Write nothing.
+
+    Returns
+    -------
+    int
+        How many rows are new.
+
+    Raises
+    ------
+    ValueError
+        The CSV describes another image under the id of one of them.
+    """
+    path = Path(path)
+    table = read_table(path) if path.is_file() else {}
+    fresh = []
+    for record in records:
+        booked = (table.get(record.id) or {}).get("origin") or ""
+        if record.id not in table:
+            fresh.append(record)
+        elif booked != record.origin:
+            raise ValueError(
+                f"{path}: '{record.id}' is there with the origin '{booked}', not '{record.origin}'; rename that image"
+            )
+    if not fresh or dry_run:
+        return len(fresh)
+    header, rows = _read_cells(path) if path.is_file() else (["image_id", *CSV_COLUMNS], [])
+    wider = header + [column for column in CSV_COLUMNS if column not in header]
+    cells = [{"image_id": r.id, **{column: getattr(r, column) for column in CSV_COLUMNS}} for r in fresh]
+    rows = [row + [""] * (len(wider) - len(row)) for row in rows]
+    with replacing(path, sync=True) as stage, open(stage, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([wider, *rows, *([row.get(column, "") for column in wider] for row in cells)])
+    return len(fresh)
+
+
+def read_ids(path: str | Path) -> set[str]:
+    """Read a list of ids, one a line: the first cell of a CSV; what follows a # behind a space is a remark."""
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    ids = {f" {line}".split(" #")[0].split(",")[0].strip() for line in lines}
+    return ids - {"", "image_id"}
+
+
+def filter_records(records: Sequence[Record], options: Dataset, side: str = "") -> list[Record]:
+    """Keep what the white lists allow and no black list names.
+
+    An image passes when every white list that is set names its value, and when neither it nor an image it was made
+    from is on the black list.
+
+    Parameters
+    ----------
+    side : {'', 'train', 'valid'}
+        Whose lists: those of both sides, or the further ones of one.
+
+    Raises
+    ------
+    ValueError
+        No image passes.
+    FileNotFoundError
+        The black list names a file that is not there.
+    """
+    prefix = f"{side}_" if side else ""
+    lists = {column: set(getattr(options, prefix + column)) for column in CSV_COLUMNS[:3]}
+    wanted = {column: names for column, names in lists.items() if names}
+    black = _read_blacklist(getattr(options, f"{prefix}blacklist"), f"{prefix}blacklist")
+    kept = [
+        record
+        for record in records
+        if all(getattr(record, column) in names for column, names in wanted.items())
+        and black.isdisjoint((record.id, *record.origins))
+    ]
     if records and not kept:
-        rules = "; ".join(f"{column} = {', '.join(sorted(names))}" for column, names in wanted.items())
-        raise ValueError(f"no image passes the filter ({rules}); is [dataset] csv_file right?")
+        rules = [f"{prefix}{column} = {', '.join(sorted(names))}" for column, names in wanted.items()]
+        rules += [f"{prefix}blacklist of {len(black)} ids"] if black else []
+        there = "; ".join(f"{column}: {_list_values(records, column)}" for column in wanted)
+        raise ValueError(
+            f"no image passes the filter ({'; '.join(rules)}); is [dataset] csv_file right? There are "
+            + (there or f"{len(records)} images, all of them on the black list")
+        )
     return kept
 
 
@@ -138,7 +254,7 @@ def split_records(
 ) -> tuple[list[Record], list[Record]]:
     """Split into training and validation records.
 
-    Groups that share a patient stay together, and every sub-category gives about `ratio` of its images.
+    Kin stay together, and every sub-category gives about `ratio` of its images.
 
     Parameters
     ----------
@@ -150,15 +266,8 @@ def split_records(
         What must not be parted.
     """
     rng = np.random.default_rng(seed)
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda r: r.id):
-        groups[_group_key(record, by)].append(record)
-    strata: dict[str, list[list[Record]]] = defaultdict(list)
-    for group in groups.values():
-        strata[group[0].sub_category].append(group)
     valid: set[str] = set()
-    for name in sorted(strata):
-        members = strata[name]
+    for members in _stratify(records, by):
         quota = ratio * sum(map(len, members))
         taken = 0
         for i in rng.permutation(len(members)):
@@ -168,8 +277,78 @@ def split_records(
     return [r for r in records if r.id not in valid], [r for r in records if r.id in valid]
 
 
+def fold_records(
+    records: Sequence[Record], n_folds: int, fold: int, seed: int, by: str = "patient"
+) -> tuple[list[Record], list[Record]]:
+    """Training and validation records of one of `n_folds` folds; each record validates in exactly one of them.
+
+    Kin stay together. Every sub-category is dealt out evenly: the largest groups first, each to the fold that has the
+    fewest images of the kind (of equal ones, the fewest in all).
+
+    Parameters
+    ----------
+    n_folds : int
+        At least 2.
+    fold : int
+        1..n_folds
+    seed : int
+        The same seed and records give the same folds.
+    by : {'patient', 'image'}
+        What must not be parted.
+
+    Raises
+    ------
+    ValueError
+        There are fewer groups than folds.
+    """
+    rng = np.random.default_rng(seed)
+    total = np.zeros(n_folds, int)
+    place: dict[str, int] = {}
+    for members in _stratify(records, by):
+        own = np.zeros(n_folds, int)
+        for i in sorted(rng.permutation(len(members)), key=lambda i: -len(members[i])):
+            target = np.lexsort((total, own))[0]
+            own[target] += len(members[i])
+            total[target] += len(members[i])
+            place.update((record.id, int(target) + 1) for record in members[i])
+    if not total.all():
+        what = "patients" if by == "patient" else "images"
+        raise ValueError(f"[dataset] cv_folds = {n_folds}: there are too few {what} for so many, a fold stays empty")
+    return [r for r in records if place[r.id] != fold], [r for r in records if place[r.id] == fold]
+
+
+def leave_out_records(
+    records: Sequence[Record], names: Sequence[str], by: str = "patient"
+) -> tuple[list[Record], list[Record]]:
+    """All but some sub-categories to train on, and those to validate.
+
+    What is kin of a validation image but of another sub-category is in neither.
+
+    Raises
+    ------
+    ValueError
+        A name is no sub-category of the records, or nothing is left to train on.
+    """
+    unknown = set(names) - {record.sub_category for record in records}
+    if unknown:
+        there = _list_values(records, "sub_category")
+        raise ValueError(f"[dataset] leave_out = {', '.join(sorted(unknown))}: no such sub_category; there are {there}")
+    valid = [record for record in records if record.sub_category in names]
+    out = {r.id for group in group_records(records, by) if any(r.sub_category in names for r in group) for r in group}
+    train = [record for record in records if record.id not in out]
+    if not train:
+        raise ValueError(f"[dataset] leave_out = {', '.join(names)} leaves nothing to train on")
+    if len(out) > len(valid):
+        logger.info(
+            "%d images of other kinds share a patient with those left out, and are not used", len(out) - len(valid)
+        )
+    return train, valid
+
+
 def split_by_ids(records: Sequence[Record], path: str | Path) -> tuple[list[Record], list[Record]]:
     """Split by a list of validation ids, one a line.
+
+    What was made from listed images alone validates, too; a mixture of listed and other images is in neither.
 
     Raises
     ------
@@ -178,47 +357,119 @@ def split_by_ids(records: Sequence[Record], path: str | Path) -> tuple[list[Reco
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"[dataset] valid_ids = {path}: no such file")
-    ids = {line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()} - {""}
-    known = {record.id for record in records}
+    ids = read_ids(path)
+    known = {name for record in records for name in (record.id, *record.origins)}
     if not ids & known:
         raise ValueError(f"[dataset] valid_ids = {path}: none of its {len(ids)} ids is among the {len(known)} images")
     if ids - known:
         logger.warning("%s: %d of its %d ids are not among the images", path, len(ids - known), len(ids))
-    return [r for r in records if r.id not in ids], [r for r in records if r.id in ids]
+    touched = {r.id for r in records if r.id in ids or ids & set(r.origins)}
+    pure = {r.id for r in records if r.id in ids or (r.id in touched and set(r.origins) <= ids | touched)}
+    if len(touched) > len(pure):
+        logger.info("%d mixtures of validation and other images are not used", len(touched) - len(pure))
+    return [r for r in records if r.id not in touched], [r for r in records if r.id in pure]
 
 
 def load_split(data: Path, options: Dataset) -> tuple[list[Record], list[Record]]:
     """The training and validation records of a data folder, as the settings have it.
 
-    ``data/train`` (or `data` itself, where it has no such folder) split by ``valid_ids`` where that is set; else
-    ``data/train`` and ``data/valid`` where both are there; else split by ``cv_ratio`` and ``cv_seed``.
+    ``data/train`` (or `data` itself, where it has no such folder) split by ``valid_ids``, ``cv_folds`` or
+    ``leave_out`` where one is set; else ``data/train`` and ``data/valid`` where both are there; else split by
+    ``cv_ratio`` and ``cv_seed``. The lists of either side are applied last, so they never move an image to the other.
     """
     folder = data / "train" if (data / "train").is_dir() else data
     records = load_records(folder, data, options)
-    if options.valid_ids is None and (data / "valid").is_dir():
-        return records, load_records(data / "valid", data, options)
+    if not options.divides and (data / "valid").is_dir():
+        return _filter_sides(records, load_records(data / "valid", data, options), options)
     return divide_records(records, options)
 
 
 def divide_records(records: Sequence[Record], options: Dataset) -> tuple[list[Record], list[Record]]:
-    """Training and validation records by the settings: by ``valid_ids`` where it is set, else by ``cv_ratio``."""
+    """Training and validation records by ``valid_ids``, ``cv_folds`` or ``leave_out``, else by ``cv_ratio``."""
     if options.valid_ids is not None:
-        return split_by_ids(records, options.valid_ids)
-    return split_records(records, options.cv_ratio, options.cv_seed, options.cv_group)
+        train, valid = split_by_ids(records, options.valid_ids)
+    elif options.cv_folds:
+        train, valid = fold_records(records, options.cv_folds, options.cv_fold, options.cv_seed, options.cv_group)
+    elif options.leave_out:
+        train, valid = leave_out_records(records, options.leave_out, options.cv_group)
+    else:
+        train, valid = split_records(records, options.cv_ratio, options.cv_seed, options.cv_group)
+    return _filter_sides(train, valid, options)
+
+
+def join_records(
+    records: Sequence[Record], train: Sequence[Record], valid: Sequence[Record], options: Dataset
+) -> tuple[list[Record], list[Record]]:
+    """Which of `records`, new to a split that is there, join its training and its validation side.
+
+    A record joins the side of its kin; those without kin there are divided by the settings.
+    """
+    held, trained = {record.id for record in valid}, {record.id for record in train}
+    sides: dict[str, list[Record]] = {"train": [], "valid": [], "new": []}
+    new = {record.id: record for record in records if record.id not in held | trained}
+    for group in group_records([*train, *valid, *new.values()], options.cv_group):
+        ids = {record.id for record in group}
+        side = "valid" if ids & held else "train" if ids & trained else "new"
+        sides[side] += [new[record.id] for record in group if record.id in new]
+    more_train, more_valid = divide_records(sides["new"], options) if sides["new"] else ([], [])
+    return sides["train"] + more_train, sides["valid"] + more_valid
+
+
+def copy_records(records: Sequence[Record], taken: Iterable[str]) -> list[Record]:
+    """A copy of each record, with its paths, under the first name ``<id>_copy<n>`` that is not taken."""
+    names, copies = set(taken), []
+    for record in records:
+        name = next(name for n in itertools.count(1) if (name := f"{record.id}_copy{n}") not in names)
+        copies.append(derive_record(name, record.image, [record], record.masks))
+    return copies
 
 
 def load_records(folder: Path, data: Path, options: Dataset) -> list[Record]:
     """The records of `folder`, described by the CSV of the data set and filtered by the settings."""
-    table = options.csv_file or data / "dataset.csv"
-    if options.csv_file is not None and not table.is_file():
-        raise FileNotFoundError(f"[dataset] csv_file = {table}: no such file")
+    table = table_path(data, options)
     records = find_records(folder)
     if table.is_file():
         records = describe_records(records, read_table(table))
     return filter_records(records, options)
 
 
-def balance_weights(records: Sequence[Record], strength: float = 1.0) -> np.ndarray:
+def table_path(data: Path, options: Dataset) -> Path:
+    """The CSV of a data folder; one that the settings do not name need not be there."""
+    if options.csv_file is not None and not options.csv_file.is_file():
+        raise FileNotFoundError(f"[dataset] csv_file = {options.csv_file}: no such file")
+    return options.csv_file or data / "dataset.csv"
+
+
+def group_records(records: Sequence[Record], by: str = "patient") -> list[list[Record]]:
+    """Records that must not be parted, group by group, in order of id.
+
+    Parameters
+    ----------
+    by : {'patient', 'image'}
+        'image': an image and what was made from it are kin; 'patient': images of a patient are, too. A mixture makes
+        kin of all it was made from.
+    """
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            leader[name] = leader[leader[name]]
+            name = leader[name]
+        return name
+
+    ordered = sorted(records, key=lambda record: record.id)
+    for record in ordered:
+        for tie in _ties(record, by):
+            leader[find(tie)] = find(f"image {record.id}")
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in ordered:
+        groups[find(f"image {record.id}")].append(record)
+    return list(groups.values())
+
+
+def balance_weights(
+    records: Sequence[Record], strength: float = 1.0, factors: Mapping[str, float] | None = None
+) -> NDArray[np.float64]:
     """How often each record is wanted in an epoch, so that rare sub-categories come more often; the mean is 1.
 
     Parameters
@@ -226,14 +477,48 @@ def balance_weights(records: Sequence[Record], strength: float = 1.0) -> np.ndar
     strength : float
         1: all sub-categories equally often; 0: every image as often; in between, a kind of n images comes as if it had
         ``n ** (1 - strength)``.
+    factors : mapping
+        Sub-category -> weight on top of that; 1 for those not named.
 
     Returns
     -------
     (N,) float64
+
+    Raises
+    ------
+    ValueError
+        The factors leave nothing.
     """
     counts = Counter(record.sub_category for record in records)
-    weights = np.array([float(counts[record.sub_category]) ** -strength for record in records])
+    factors = factors or {}
+    if unknown := factors.keys() - counts.keys():
+        logger.warning("[train] category_weights: there is no image of %s", ", ".join(sorted(unknown)))
+    weights = np.array([counts[r.sub_category] ** -strength * factors.get(r.sub_category, 1.0) for r in records])
+    if not weights.any():
+        raise ValueError("[train] category_weights leave no image to train on; all are 0")
     return weights / weights.mean()
+
+
+def format_epoch(train: Sequence[Record], valid: Sequence[Record], weights: NDArray[np.float64] | None) -> str:
+    """A table of what an epoch will contain: a line a sub-category, to print.
+
+    Parameters
+    ----------
+    weights : (N,) float64, optional
+        How often each of the N training records is wanted, as `balance_weights` gives it; once each where not given.
+    """
+    weights = np.ones(len(train)) if weights is None else weights
+    kinds = sorted({record.sub_category for record in (*train, *valid)})
+    of = np.array([kinds.index(record.sub_category) for record in train], int)
+    images, drawn = np.bincount(of, minlength=len(kinds)), np.bincount(of, weights, minlength=len(kinds))
+    held = Counter(record.sub_category for record in valid)
+    rows = [(k or "uncategorised", int(n), d, held[k]) for k, n, d in zip(kinds, images, drawn, strict=True)]
+    rows.append(("all", len(train), float(drawn.sum()), len(valid)))
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"{'':{width}}  training  an epoch   each  validation"]
+    for name, n, d, v in rows:
+        lines.append(f"{name:{width}}  {n:8}  {d:8.0f}  {f'{d / n:.1f}x' if n else '-':>5}  {v:10}")
+    return "\n".join(lines)
 
 
 def count_by(records: Iterable[Record], key: Callable[[Record], str] = lambda r: r.sub_category) -> dict[str, int]:
@@ -246,8 +531,58 @@ def format_counts(records: Iterable[Record]) -> str:
     return ", ".join(f"{name or 'uncategorised'} {n}" for name, n in count_by(records).items())
 
 
-def _group_key(record: Record, by: str) -> str:
-    return f"patient {record.patient}" if by == "patient" and record.patient else f"image {record.id}"
+def _names(cell: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in cell.split(SEPARATOR) if name.strip())
+
+
+def _list_values(records: Iterable[Record], column: str) -> str:
+    return ", ".join(sorted({getattr(record, column) or "(none)" for record in records}))
+
+
+def _ties(record: Record, by: str) -> list[str]:
+    """What makes records kin, in a name space a kind: a patient may be called like an image."""
+    patients = record.patients if by == "patient" else ()
+    return [f"image {name}" for name in record.origins] + [f"patient {name}" for name in patients]
+
+
+def _stratify(records: Sequence[Record], by: str) -> list[list[list[Record]]]:
+    """Groups of kin, those of each sub-category together, in order of its name."""
+    strata: dict[str, list[list[Record]]] = defaultdict(list)
+    for group in group_records(records, by):
+        strata[group[0].sub_category].append(group)
+    return [strata[name] for name in sorted(strata)]
+
+
+def _filter_sides(
+    train: Sequence[Record], valid: Sequence[Record], options: Dataset
+) -> tuple[list[Record], list[Record]]:
+    """Apply the lists of either side, and tell where kin stand on both."""
+    train, valid = filter_records(train, options, "train"), filter_records(valid, options, "valid")
+    held = {id(record) for record in valid}
+    sides = ({id(record) in held for record in group} for group in group_records([*train, *valid], options.cv_group))
+    if parted := sum(len(side) > 1 for side in sides):
+        logger.warning("%d patients have images on both sides of the split; scores will flatter", parted)
+    return train, valid
+
+
+def _read_blacklist(entries: Iterable[str], key: str) -> set[str]:
+    """Ids, and those of the files among the entries."""
+    ids: set[str] = set()
+    for entry in entries:
+        if Path(entry).suffix.lower() not in LIST_SUFFIXES:
+            ids.add(entry)
+        elif Path(entry).is_file():
+            ids |= read_ids(entry)
+        else:
+            raise FileNotFoundError(f"[dataset] {key} = {entry}: no such file")
+    return ids
+
+
+def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a CSV, cell by cell, without blank lines."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        header, *rows = [row for row in csv.reader(file) if row]
+    return header, rows
 
 
 def _subfolders(path: Path) -> list[Path]:

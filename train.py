@@ -40,7 +40,7 @@ from metric import pixel_iou
 from model import build_model, model_options, place
 from network import Network
 from predict import Segmenter
-from record import Record, format_counts, load_split
+from record import Record, format_epoch, load_split
 from score import score_image, summarize
 from target import make_targets, plan_targets
 from trainer import Trainer, log_graph, plan_span
@@ -74,7 +74,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
         print(f"Trained to epoch {trainer.epoch} already; --epoch N or --minutes M trains on, --no-resume starts anew")
         return 0
 
-    print(f"{len(train)} training images ({format_counts(train)}), {len(valid)} for validation")
+    print(f"{len(train)} training images, {len(valid)} for validation")
+    print(format_epoch(train, valid, loader.dataset.balance))
     frozen = ", its encoder frozen" if trainer.epoch < trainer.thaw_epoch else ""
     print(f"{config.param.model} on {device} in {str(precision).removeprefix('torch.')}{frozen}")
     if state is None:

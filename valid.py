@@ -32,7 +32,7 @@ from config import SPLIT_KEYS, Config
 from helper import find_checkpoint, make_parser, prepare_process, run_script
 from image import ImageError, read_image, read_labels
 from predict import Segmenter, load_segmenter
-from record import Record, find_records, load_records, load_split
+from record import Record, filter_records, find_records, load_records, load_split
 from score import Score, format_errors, format_summary, score_image, summarize, write_scores
 
 
@@ -100,8 +100,9 @@ def choose_records(args: argparse.Namespace, config: Config, saved: Mapping[str,
             raise FileNotFoundError(f"{folder}: no such folder; name images by --input, or a split by --dataset valid")
         return load_records(folder, args.data, config.dataset)
     config = config.inherit(saved, SPLIT_KEYS)
-    if args.dataset == "valid" and folder.is_dir() and config.dataset.valid_ids is None:
-        return load_records(folder, args.data, config.dataset)  # data/train need not be there
+    if args.dataset == "valid" and folder.is_dir() and not config.dataset.divides:
+        records = load_records(folder, args.data, config.dataset)  # data/train need not be there
+        return filter_records(records, config.dataset, "valid")
     train, valid = load_split(args.data, config.dataset)
     records = valid if args.dataset == "valid" else train
     if not records:

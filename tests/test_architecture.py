@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
         "tile", "annotation", "synthetic", "footprint", "helper", "view",
     ),
-    ("dataset", "plot", "score"),
+    ("dataset", "link", "piece", "plot", "score"),
     ("model", "tuning"),
     ("predict", "trainer", "report"),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),
@@ -33,6 +33,7 @@ WITHOUT_TORCH = (
     "postprocess",
     "tile",
     "annotation",
+    "piece",
 )
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
 every_room = pytest.mark.parametrize("room", ROOMS)

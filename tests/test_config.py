@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from config import CHECKPOINT_KEYS, DEFAULT_FILE, SECTIONS, Config, add_arguments, load_config, pick
+from config import CHECKPOINT_KEYS, DEFAULT_FILE, SECTIONS, SPLIT_KEYS, Config, add_arguments, load_config, pick
 
 #: Settings of old files, with a value other than the default and what becomes of it.
 OLD_KEYS = {
@@ -44,6 +44,7 @@ OLD_KEYS = {
         "n_worker": ("0", 0),
         "print_freq": ("1", 1),
         "balance_group": ("True", 1.0),
+        "category_weights": ("HE: 3, Purple tissue: 0.5", {"HE": 3.0, "Purple tissue": 0.5}),
         "log_name": ("first", "first"),
     },
     "valid": {
@@ -87,6 +88,8 @@ OLD_KEYS = {
         "sub_category": ("HE,Purple tissue", ("HE", "Purple tissue")),
         "cv_ratio": ("0", 0.0),
         "cv_seed": ("5", 5),
+        "blacklist": ("noisy.txt, 0a7d", ("noisy.txt", "0a7d")),
+        "valid_sub_category": ("HE", ("HE",)),
     },
 }
 ALL_OLD_KEYS = [(section, key, *pair) for section, keys in OLD_KEYS.items() for key, pair in keys.items()]
@@ -239,6 +242,12 @@ def test_views_take_the_old_switch_and_the_new_names(load, written, views):
         ("[pre]\nchannels = 0, 1, 2, 3", ["mine.ini", "[pre]", "channels"]),
         ("[pre]\nmin_scale = 3", ["[pre]", "min_scale", "3.0", "max_scale"]),
         ("[pre]\npercentile_low = 99.95", ["[pre]", "percentile_low", "percentile_high"]),
+        ("[train]\ncategory_weights = HE", ["mine.ini", "[train]", "category_weights", "'HE' has no weight", "HE: 3"]),
+        ("[train]\ncategory_weights = HE: much", ["mine.ini", "[train]", "category_weights", "much", "number"]),
+        ("[train]\ncategory_weights = HE: -1", ["mine.ini", "[train]", "category_weights", "-1", "greater"]),
+        ("[dataset]\ncv_folds = 1", ["[dataset]", "cv_folds = 1", "2 or more"]),
+        ("[dataset]\ncv_folds = 3\ncv_fold = 4", ["[dataset]", "cv_fold = 4", "cv_folds = 3"]),
+        ("[dataset]\ncv_folds = 3\nleave_out = HE", ["[dataset]", "cv_folds and leave_out", "keep one"]),
         ("[unet]\nwidth = big", ["mine.ini", "[unet]", "width", "big"]),
         ("[train]\nn_epoch = 3\nn_epoch = 4", ["mine.ini", "n_epoch", "already exists"]),
         ("n_epoch = 3", ["mine.ini", "section"]),
@@ -384,3 +393,9 @@ def test_an_old_checkpoint_may_lack_keys(load):
     config = load().inherit({"param": {"threshold": 0.7}}, keys=("param.threshold", "param.threshold_edge", "pre.flip"))
     assert config.param.threshold == 0.7
     assert config.model_dump(exclude={"param"}) == load().model_dump(exclude={"param"})
+
+
+def test_a_checkpoint_keeps_all_that_decides_its_split():
+    """A key that is forgotten here would let a resumed run train on its validation images."""
+    wanted = {f"dataset.{key}" for key in SECTIONS["dataset"].model_fields} - {"dataset.on_bad", "dataset.cache_dir"}
+    assert set(SPLIT_KEYS) == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -13,11 +14,19 @@ from config import Dataset
 from record import (
     Record,
     balance_weights,
+    book_records,
     count_by,
+    derive_record,
     describe_records,
+    divide_records,
     filter_records,
     find_records,
+    fold_records,
+    format_epoch,
+    group_records,
+    leave_out_records,
     load_split,
+    read_ids,
     read_table,
     split_by_ids,
     split_records,
@@ -36,6 +45,10 @@ def touch(folder: Path, *names: str) -> Path:
 
 def ids(records):
     return [record.id for record in records]
+
+
+def options(**values) -> Dataset:
+    return Dataset.model_validate(values)
 
 
 # Layouts
@@ -183,6 +196,77 @@ def test_filters_are_joined_by_and():
     assert filter_records([], Dataset(source=("K",))) == []
 
 
+def test_black_lists_by_id_and_by_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "noisy.txt", "b  # blurred\n# a remark\n\nghost\n")
+    records = plain("a", "b", "c", "d")
+    records.append(derive_record("b_0_0", Path("x"), [records[1]]))
+    assert ids(filter_records(records, options(blacklist="noisy.txt, d"))) == ["a", "c"]
+    assert ids(filter_records(records, options(train_blacklist="a"), "train")) == ["b", "c", "d", "b_0_0"]
+    assert filter_records(records, options(train_blacklist="a"), "valid") == records
+    assert filter_records(records, options(train_blacklist="a")) == records
+    with pytest.raises(FileNotFoundError, match=r"valid_blacklist = absent\.txt"):
+        filter_records(records, options(valid_blacklist="absent.txt"), "valid")
+    with pytest.raises(ValueError, match="blacklist of 4 ids.*all of them on the black list"):
+        filter_records(records, options(blacklist="a, b, c, d"))
+
+
+def test_the_sides_have_lists_of_their_own():
+    records = plain(*map(str, range(20)), sub_category="F") + plain(*map(str, range(20, 40)), sub_category="HE")
+    everything = divide_records(records, options(cv_ratio=0.5))
+    train, valid = divide_records(records, options(cv_ratio=0.5, train_sub_category="F", valid_sub_category="HE"))
+    assert ids(train) == [r.id for r in everything[0] if r.sub_category == "F"]
+    assert ids(valid) == [r.id for r in everything[1] if r.sub_category == "HE"]
+    with pytest.raises(ValueError, match="valid_sub_category = Z.*There are sub_category: F, HE"):
+        divide_records(records, options(cv_ratio=0.5, valid_sub_category="Z"))
+
+
+def test_a_list_of_ids_may_be_a_table(tmp_path):
+    assert read_ids(write_table(tmp_path / "a.csv", "\ufeffimage_id,why\na,empty\nb#1,holes\n")) == {"a", "b#1"}
+
+
+# What is made of images
+
+
+def test_a_piece_inherits():
+    parent = Record("a", Path("a"), source="K", major_category="M", sub_category="HE", patient="7")
+    piece = derive_record("a_0_0", Path("p"), [parent])
+    assert (piece.source, piece.major_category, piece.sub_category, piece.patient) == ("K", "M", "HE", "7")
+    assert derive_record("a_0_0_8_8", Path("q"), [piece]).origins == ("a_0_0", "a")
+    other = Record("b", Path("b"), source="K", major_category="M", sub_category="IHC", patient="8")
+    mixture = derive_record("ab", Path("m"), [parent, other])
+    assert (mixture.sub_category, mixture.patients, mixture.origins) == ("", ("7", "8"), ("a", "b"))
+
+
+def test_kin_are_found_over_patients_and_mixtures():
+    a, b = plain("a", patient="b"), plain("b")
+    c, d, e = plain("c", patient="7"), plain("d", patient="7"), plain("e")
+    mixture = [derive_record("x", Path("x"), [*c, *e])]
+    groups = [ids(group) for group in group_records([*mixture, *e, *d, *c, *b, *a])]
+    assert groups == [["a"], ["b"], ["c", "d", "e", "x"]]
+    by_image = [ids(group) for group in group_records([*c, *d, derive_record("c_1", Path("x"), c)], by="image")]
+    assert by_image == [["c", "c_1"], ["d"]]
+
+
+def test_booking_adds_rows_and_changes_none(tmp_path):
+    path = write_table(tmp_path / "t.csv", '\ufeffimage_id,remark,source\na,"one, two",K\n\nb,short\n')
+    parent = describe_records(plain("a"), read_table(path))[0]
+    piece = derive_record("a_0_0", Path("x"), [parent])
+    assert book_records(path, [piece]) == 1
+    with open(path, newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["image_id", "remark", "source", "major_category", "sub_category", "patient", "origin"]
+    assert [row[:3] for row in rows] == [["a", "one, two", "K"], ["b", "short", ""], ["a_0_0", "", "K"]]
+    before = path.read_bytes()
+    assert book_records(path, [piece]) == 0 and path.read_bytes() == before
+    assert describe_records([Record("a_0_0", Path("x"))], read_table(path)) == [piece]
+    with pytest.raises(ValueError, match="'a' is there with the origin ''"):
+        book_records(path, [derive_record("a", Path("x"), plain("z"))])
+    assert path.read_bytes() == before
+    assert book_records(tmp_path / "new.csv", [piece]) == 1
+    assert read_table(tmp_path / "new.csv")["a_0_0"]["origin"] == "a"
+
+
 # Splits
 
 
@@ -249,8 +333,64 @@ def test_a_list_of_ids_splits(tmp_path, caplog):
         split_by_ids(plain("a"), tmp_path / "absent.txt")
 
 
-def options(**values) -> Dataset:
-    return Dataset.model_validate(values)
+def test_a_list_of_ids_takes_what_was_made_from_them(tmp_path):
+    a, b, c = plain("a", "b", "c")
+    copy = derive_record("a_copy1", Path("x"), [a])
+    made = [copy, derive_record("a_0_0", Path("x"), [copy]), derive_record("b_0_0", Path("x"), [b])]
+    mixtures = [derive_record("ab", Path("x"), [a, b]), derive_record("ac", Path("x"), [a, c])]
+    listed = write_table(tmp_path / "ids.txt", "a\nc\n")
+    train, valid = split_by_ids([a, b, c, *made, *mixtures], listed)
+    assert (ids(train), ids(valid)) == (["b", "b_0_0"], ["a", "c", "a_copy1", "a_0_0", "ac"])
+    train, valid = split_by_ids(made[1:], listed)  # where the images themselves are not in the folder
+    assert (ids(train), ids(valid)) == (["b_0_0"], [])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_folds_validate_each_image_once(seed):
+    records = cohort(seed)
+    folds = [fold_records(records, 4, fold, seed) for fold in (1, 2, 3, 4)]
+    assert sorted(image_id for _, valid in folds for image_id in ids(valid)) == sorted(ids(records))
+    for train, valid in folds:
+        assert sorted(ids(train) + ids(valid)) == sorted(ids(records))
+        assert not {r.patient for r in train if r.patient} & {r.patient for r in valid if r.patient}
+        for kind, n in count_by(records).items():
+            assert abs(count_by(valid).get(kind, 0) - n / 4) <= 4, kind  # patients have up to four images
+    with pytest.raises(ValueError, match="cv_folds = 3: .*too few patients"):
+        fold_records(plain("a", "b"), 3, 1, 0)
+
+
+def test_a_category_left_out_is_never_trained_on():
+    mixed = [Record("m", Path("m"), patient="7", sub_category="F"), Record("n", Path("n"), patient="7")]
+    records = plain("a", "b", sub_category="F") + plain("h", patient="7", sub_category="HE") + mixed
+    train, valid = leave_out_records(records, ("HE",))
+    assert (ids(train), ids(valid)) == (["a", "b"], ["h"])
+    assert ids(leave_out_records(records, ("HE",), by="image")[0]) == ["a", "b", "m", "n"]
+    with pytest.raises(ValueError, match="leave_out = H&E: no such sub_category; there are .*F, HE"):
+        leave_out_records(records, ("H&E",))
+    with pytest.raises(ValueError, match="nothing to train on"):
+        leave_out_records(records[:3], ("HE", "F"))
+
+
+def test_folders_that_part_a_patient_are_told(tmp_path, caplog):
+    touch(tmp_path, "train/a.png", "train/b.png", "valid/c.png")
+    write_table(tmp_path / "dataset.csv", "image_id,patient\na,7\nb,8\nc,7\n")
+    with caplog.at_level(logging.WARNING):
+        load_split(tmp_path, options())
+    assert "1 patients have images on both sides" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [({"cv_folds": 3}, 4), ({"leave_out": "HE"}, 2), ({"valid_sub_category": "F"}, 1)],
+)
+def test_load_split_divides_as_the_settings_say(tmp_path, values, wanted):
+    touch(tmp_path, *(f"train/{i}.png" for i in range(12)), "valid/v.png", "valid/w.png")
+    kinds = ["F"] * 10 + ["HE"] * 2
+    rows = [f"{i},{kind}\n" for i, kind in enumerate(kinds)]
+    write_table(tmp_path / "dataset.csv", "image_id,sub_category\n" + "".join(rows) + "v,F\nw,HE\n")
+    train, valid = load_split(tmp_path, options(**values))
+    assert len(valid) == wanted and not set(ids(train)) & set(ids(valid))
+    assert ("v" in ids(valid)) == ("valid_sub_category" in values)  # a folder gives way to folds and categories
 
 
 def test_load_split_of_a_flat_folder(tmp_path):
@@ -304,6 +444,30 @@ def test_balance_may_go_half_of_the_way():
     assert np.allclose(balance_weights(records, 0), 1)
 
 
+def test_weights_of_categories_come_on_top(caplog):
+    records = plain("a", "b", "c", sub_category="F") + plain("d", sub_category="HE")
+    assert np.allclose(balance_weights(records, 0, {"HE": 5}), [0.5, 0.5, 0.5, 2.5])
+    assert np.allclose(balance_weights(records, 1, {"HE": 3}), [1 / 3, 1 / 3, 1 / 3, 3])
+    assert np.allclose(balance_weights(records, 1, {"F": 0, "Moon": 2}), [0, 0, 0, 4])
+    assert "no image of Moon" in caplog.text
+    with pytest.raises(ValueError, match="all are 0"):
+        balance_weights(records, 1, {"F": 0, "HE": 0})
+
+
+def test_the_table_of_an_epoch():
+    train = plain("a", "b", "c", sub_category="F") + plain("d")
+    valid = plain("v", sub_category="HE")
+    rows = [line.split() for line in format_epoch(train, valid, balance_weights(train)).splitlines()]
+    assert rows == [
+        ["training", "an", "epoch", "each", "validation"],
+        ["uncategorised", "1", "2", "2.0x", "0"],
+        ["F", "3", "2", "0.7x", "0"],
+        ["HE", "0", "0", "-", "1"],
+        ["all", "4", "4", "1.0x", "1"],
+    ]
+    assert "1.0x" in format_epoch(train, [], None).splitlines()[1]
+
+
 def test_balance_weights_even_out_every_kind():
     records = cohort(1)
     total = defaultdict(float)
@@ -341,3 +505,57 @@ def test_the_list_of_validation_images_parts_no_patient(real, nuclei_data):
     assert not {r.patient for r in train} & {r.patient for r in valid}
     assert set(count_by(valid)) == set(count_by(real))
     assert max(Counter(r.patient for r in real).values()) == 4
+
+
+def multiply(records: list[Record], seed: int = 0) -> list[Record]:
+    """The records with pieces of each, copies of some, pieces of copies, and mixtures of two."""
+    rng = np.random.default_rng(seed)
+    pieces = [derive_record(f"{r.id}_{x}_0", Path("x"), [r]) for r in records for x in (0, 200)]
+    copies = [
+        derive_record(f"{records[i].id}_copy1", Path("x"), [records[i]]) for i in rng.permutation(len(records))[:60]
+    ]
+    cut_copies = [derive_record(f"{r.id}_0_0", Path("x"), [r]) for r in copies]
+    chosen = [pieces[i] for i in rng.permutation(len(pieces))[:30]]
+    mixtures = [
+        derive_record(f"{a.id}+{b.id}", Path("x"), [a, b]) for a, b in zip(chosen[::2], chosen[1::2], strict=True)
+    ]
+    return [*records, *pieces, *copies, *cut_copies, *mixtures]
+
+
+def specimens(records: list[Record], table: dict[str, dict[str, str]]) -> set[str]:
+    """The patients of the table that an image shows, by the name of the image alone."""
+    parts = [part.split("_")[0] for record in records for part in record.id.split("+")]
+    return {table[part]["patient"] for part in parts}
+
+
+SPLITS = [
+    *({"cv_ratio": 0.1, "cv_seed": seed} for seed in range(3)),
+    *({"cv_folds": 5, "cv_fold": fold} for fold in range(1, 6)),
+    *({"leave_out": kind} for kind in ("HE", "PurpleTissue", "Fluorescence")),
+    {"valid_ids": "valid_ids.txt"},
+]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("how", SPLITS, ids=str)
+def test_no_split_leaks_on_real_data(real, nuclei_data, how):
+    if "valid_ids" in how:
+        how = {"valid_ids": nuclei_data / how["valid_ids"]}
+    table = read_table(nuclei_data / "dataset.csv")
+    records = multiply(real)
+    train, valid = divide_records(records, options(**how))
+    assert min(len(train), len(valid)) > 50
+    assert not specimens(train, table) & specimens(valid, table)
+    if "leave_out" in how:
+        assert how["leave_out"] not in count_by(train) and set(count_by(valid)) == {how["leave_out"]}
+    else:
+        assert set(count_by(valid)) >= {"Fluorescence", "FluorescenceField", "PurpleTissue"}
+
+
+@pytest.mark.data
+def test_without_its_origin_a_piece_would_leak(real, nuclei_data):
+    """The test above can fail: pieces that are not booked are strangers to their images."""
+    table = read_table(nuclei_data / "dataset.csv")
+    strangers = [Record(record.id, record.image, sub_category=record.sub_category) for record in multiply(real)]
+    train, valid = divide_records(strangers, options(cv_ratio=0.1))
+    assert specimens(train, table) & specimens(valid, table)

@@ -17,6 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
+import crop
+import link
 import prepare
 import split
 import train
@@ -26,6 +28,7 @@ from annotation import read_csv, read_label_map
 from config import load_config
 from helper import load_checkpoint
 from predict import load_segmenter
+from record import find_records, load_split
 from synthetic import write_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +83,7 @@ def test_train_prints_the_progress_line(data, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Grand new training ..." in printed
     assert "Epoch: [1][0/2]    Time: " in printed and "(io: " in printed
+    assert "training  an epoch   each  validation" in printed
     assert "IoU(Semantic): " in printed and "Loss: " in printed
 
 
@@ -394,6 +398,125 @@ def test_split_links_and_never_overwrites(data, tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "data")
     assert len(list(source.glob("*/images/*"))) == 6
+
+
+def test_crop_from_inside_the_data_folder(data, tmp_path):
+    shutil.copytree(data / "train", tmp_path / "data" / "tissue")
+    names = sorted(path.name for path in (tmp_path / "data" / "tissue").iterdir())
+    table = tmp_path / "data" / "dataset.csv"
+    table.write_text("image_id,sub_category\n" + "".join(f"{name},{name[:2]}\n" for name in names))
+    command = ["crop.py", "tissue", "--step", "20", "--width", "32", "--only-category", names[0][:2]]
+    dry = run_script(*command, "--dry-run", cwd=tmp_path / "data")
+    assert dry.returncode == 0 and " to write, 0 were there already" in dry.stdout, dry.stderr
+    assert not (tmp_path / "data" / "tissue_crop").exists()
+    for line in (" written, 0 were there already", "0 pieces written, "):
+        done = run_script(*command, cwd=tmp_path / "data")
+        assert done.returncode == 0 and line in done.stdout, done.stderr
+    pieces = {path.name for path in (tmp_path / "data" / "tissue_crop").glob("[!.]*")}
+    assert pieces and {name.rsplit("_", 2)[0] for name in pieces} == {n for n in names if n[:2] == names[0][:2]}
+    booked = {line.split(",")[0] for line in table.read_text().splitlines()} - {"image_id", *names}
+    assert booked == pieces
+
+
+def test_crop_refuses_in_one_line(data, tmp_path, capsys):
+    source = shutil.copytree(data / "train", tmp_path / "tissue")
+    for options, words in (
+        (["--step", "0", "--width", "32"], "each must be above 0"),
+        (["--step", "20", "--width", "32", "--csv", "absent.csv"], "absent.csv: no such file"),
+        (["--step", "20", "--width", "32", "--only-category", "Moon"], "no image passes the filter"),
+    ):
+        assert crop.main([str(source), *options]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "tissue_crop").exists()
+    image = next(source.glob("*/images/*.png"))
+    image.write_bytes(b"no image")
+    assert crop.main([str(source), "--step", "20", "--width", "32"]) == 3
+    assert f"refused: {source.name}" in capsys.readouterr().err.replace(str(source), source.name)
+    assert len(list((tmp_path / "tissue_crop").glob("[!.]*"))) > 5
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("[!.]*")}
+
+
+def oversampled(tmp_path: Path, data: Path) -> tuple[Path, Path, list[str]]:
+    """A source of eight images whose first two are one patient, split, with more images in it since."""
+    source = shutil.copytree(data / "train", tmp_path / "data" / "source")
+    names = sorted(names_in(source))
+    kinds = [name[:2] for name in names]
+    rows = [f"{name},{kind},{'p' if i < 2 else i}\n" for i, (name, kind) in enumerate(zip(names, kinds, strict=True))]
+    (tmp_path / "data" / "dataset.csv").write_text("image_id,sub_category,patient\n" + "".join(rows))
+    assert split.main([str(source), "--data", str(tmp_path / "data"), "--set", "dataset.cv_ratio=0"]) == 0
+    return source, tmp_path / "data", names
+
+
+def test_oversampling_adds_copies_that_stay_with_their_patient(data, tmp_path, capsys):
+    source, folder, names = oversampled(tmp_path, data)
+    shutil.move(folder / "train" / names[2], folder / "valid" / names[2])
+    command = [str(source), "--data", str(folder), "--oversample", "--set", "dataset.cv_ratio=0"]
+    assert split.main([*command, "--dry-run"]) == 0 and names_in(folder / "train") == {*names} - {names[2]}
+    one = ["--set", f"dataset.sub_category={names[0][:2]}"]
+    assert split.main([*command, *one]) == 0 and split.main([*command, *one]) == 0
+    assert split.main(command) == 0
+    printed = capsys.readouterr().out
+    first = [name for name in names if name[:2] == names[0][:2] and name != names[2]]
+    copies = {f"{name}_copy{n}" for name in first for n in (1, 2, 3)} | {f"{name}_copy1" for name in names}
+    copies -= {f"{names[2]}_copy{n}" for n in (1, 2, 3)}
+    assert names_in(folder / "train") == ({*names} | copies) - {names[2]}
+    assert names_in(folder / "valid") == {names[2]}
+    assert "0 new images; 1 left alone" in printed
+    image = next((folder / "train" / f"{names[0]}_copy1" / "images").iterdir())
+    assert image.samefile(source / names[0] / "images" / image.name)
+    config = load_config(overrides=["dataset.cv_ratio=0.5"])
+    train, valid = load_split(folder, config.dataset.model_copy(update={"cv_folds": 2}))
+    sides = [{record.id.split("_copy")[0] for record in side} for side in (train, valid)]
+    assert not sides[0] & sides[1] and sum(names[0] in side or names[1] in side for side in sides) == 1
+
+
+def test_new_images_join_the_side_of_their_patient(data, tmp_path):
+    source, folder, names = oversampled(tmp_path, data)
+    shutil.rmtree(folder / "train" / names[1])
+    (folder / "valid").mkdir(exist_ok=True)
+    shutil.move(folder / "train" / names[0], folder / "valid" / names[0])
+    assert split.main([str(source), "--data", str(folder), "--oversample"]) == 0
+    assert names_in(folder / "valid") == {names[0], names[1]}
+
+
+def test_an_interrupted_oversampling_is_finished_first(data, tmp_path, monkeypatch, capsys):
+    source, folder, names = oversampled(tmp_path, data)
+    command = [str(source), "--data", str(folder), "--oversample"]
+    monkeypatch.setattr(link, "finish_links", lambda folder: 0)  # killed right before the links are moved into place
+    assert split.main(command) == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert names_in(folder / "train") == {*names}
+    assert split.main(command) == 0
+    assert f"{len(names)} copies of an interrupted run" in capsys.readouterr().out
+    wanted = {*names} | {f"{name}_copy1" for name in names}
+    assert names_in(folder / "train") == wanted and not (folder / "train" / link.STAGE).exists()
+
+
+def test_copies_of_label_maps_are_renamed(data, tmp_path):
+    source = tmp_path / "data" / "source"
+    for kind in ("images", "masks"):
+        (source / kind).mkdir(parents=True)
+        for name in "abc":
+            Image.fromarray(np.ones((20, 20), np.uint8)).save(source / kind / f"{name}.png")
+    command = [str(source), "--data", str(tmp_path / "data"), "--set", "dataset.cv_ratio=0"]
+    assert split.main(command) == 0 and split.main([*command, "--oversample"]) == 0
+    records = find_records(tmp_path / "data" / "train")
+    assert [record.id for record in records] == ["a", "a_copy1", "b", "b_copy1", "c", "c_copy1"]
+    assert not any(record.problem for record in records)
+
+
+def test_links_keep_an_image_without_nuclei(tmp_path):
+    (tmp_path / "source" / "a" / "images").mkdir(parents=True)
+    (tmp_path / "source" / "a" / "masks").mkdir()
+    Image.new("L", (20, 20)).save(tmp_path / "source" / "a" / "images" / "a.png")
+    command = [str(tmp_path / "source"), "--data", str(tmp_path), "--set", "dataset.cv_ratio=0"]
+    assert split.main([*command, "--dry-run"]) == 0 and not (tmp_path / "train").exists()
+    assert split.main(command) == 0
+    assert find_records(tmp_path / "train")[0].masks == ()
 
 
 def test_demo_draws_what_can_be_trained_on(tmp_path):
