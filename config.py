@@ -195,6 +195,7 @@ class Pre(Section):
     gray: bool = True
     color_space_shift: bool = True
     channel_shuffle: bool = True
+    paste_nuclei: bool = False
     fade_nuclei: bool = True
     stain_shift: bool = True
     recolor: bool = True

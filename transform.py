@@ -1,7 +1,7 @@
 """Augment a sample: an image with its label map, moved and coloured at random.
 
 All warps of the table only describe where the pixels of the crop come from; the image and its labels are then read
-once, through one `Warp`, whatever the number of rows. Rows that colour the nuclei, and the image, follow.
+once, through one `Warp`, whatever the number of rows. Rows that add nuclei, colour them, and the image, follow.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+import collage
 import color
 from color import Image, Rng
 from config import Pre
@@ -170,8 +171,10 @@ class Augmentation:
     Attributes
     ----------
     run : callable
-        ``run(warp, rng, pre)``, ``run(image, labels, rng)`` or ``run(image, rng)``, by `stage`.
-    stage : {'warp', 'nuclei', 'image'}
+        ``run(warp, rng, pre)``, ``run(image, labels, rng)`` (stages sample and nuclei) or ``run(image, rng)``, by
+        `stage`.
+    stage : {'warp', 'sample', 'nuclei', 'image'}
+        What it returns: a warp, (image, labels), or an image.
     switch : str
     """
 
@@ -187,6 +190,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "flip": Augmentation(_flip, "warp", "flip"),
     "elastic_distortion": Augmentation(_elastic, "warp", "elastic_distortion"),
     "random_crop": Augmentation(_crop, "warp", "random_crop"),
+    "paste_nuclei": Augmentation(collage.paste_some, "sample", "paste_nuclei"),
     "fade_nuclei": Augmentation(color.fade_nuclei, "nuclei", "fade_nuclei"),
     "color_equalize": Augmentation(color.equalize_some, "image", "color_equalize"),
     "color_jitter": Augmentation(color.jitter, "image", "color_jitter"),
@@ -217,10 +221,11 @@ def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sa
     Notes
     -----
     Without ``random_crop`` the whole image is squeezed into the square, as a network of fixed input size needs it.
-    Labels keep their ids; those that fall outside are gone.
+    Labels keep their ids; those that fall outside are gone, and nuclei that are pasted get new ones.
     """
     rows = [row for row in AUGMENTATIONS.values() if getattr(pre, row.switch)]
-    warps, nuclei, images = ([row.run for row in rows if row.stage == stage] for stage in ("warp", "nuclei", "image"))
+    stages = ("warp", "sample", "nuclei", "image")
+    warps, samples, nuclei, images = ([row.run for row in rows if row.stage == stage] for stage in stages)
 
     def transform(sample: Sample, rng: Rng) -> Sample:
         warp = Warp.centered(sample.labels.shape, (width, width))
@@ -229,11 +234,13 @@ def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sa
         for run in warps:
             warp = run(warp, rng, pre)
         sample = warp.apply(sample, precise)
-        image = sample.image
+        image, labels = sample.image, sample.labels
+        for run in samples:
+            image, labels = run(image, labels, rng)
         for run in nuclei:
-            image = run(image, sample.labels, rng)
+            image = run(image, labels, rng)
         for run in images:
             image = run(image, rng)
-        return replace(sample, image=image)
+        return replace(sample, image=image, labels=labels)
 
     return transform
