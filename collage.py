@@ -14,7 +14,7 @@ from typing import cast
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import ndimage, sparse
 
 Image = NDArray[np.uint8]
 Labels = NDArray[np.int32]
@@ -26,10 +26,13 @@ Window = tuple[slice, slice]
 MIN_AREA = 20  # pixels of a nucleus worth pasting
 MAX_HIDDEN = 0.35  # share of a nucleus that what is pasted over it may hide
 MAX_CROWDED = 0.1  # share of its rim that a nucleus may share with others and still be cut out
+MIN_SOLIDITY = 0.85  # share of its convex hull that a nucleus fills, if it is no shred
+FRAME = 2  # pixels: a nucleus that comes so near the border of the image is taken for cut off
 MAX_GLOW = 0.3  # how strong what surrounds a nucleus may be, as a share of its own strength
 MIN_FREE = 12  # pixels of background from which its colour is known
+ROUND = 0.7  # share of its width along which a nucleus meets its mirror image, if the two are to be one
 N_TRIES = 4  # places tried a nucleus
-MAX_PASTED = 8  # nuclei that `paste_nuclei` adds where it is not told how many: a crop should be ready in milliseconds
+MAX_PASTED = 6  # nuclei that `paste_nuclei` adds where it is not told how many: a crop should be ready in milliseconds
 #: Optical density (minus the logarithm of the transmitted share) of each 8-bit intensity.
 _DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
 
@@ -107,6 +110,71 @@ def paste_nuclei(
     return canvas.result() if n_pasted else (image, labels)
 
 
+def mirror_tile(
+    image: Image, labels: Labels, shape: tuple[int, int], corner: tuple[int, int] = (0, 0)
+) -> tuple[Image, Labels]:
+    """A window of the plane that an image tiles together with its mirror images.
+
+    A nucleus that the border cuts is continued by its own mirror image. The two are one nucleus where they meet along
+    most of their width, so that the whole is round; two that touch where they meet along less of it.
+
+    Parameters
+    ----------
+    image : (H, W, 3) uint8
+    labels : (H, W) int32
+    shape : (int, int)
+        Height and width of the window.
+    corner : (int, int)
+        Where (top, left) its corner lies, in pixels of the image; any integer.
+
+    Returns
+    -------
+    image : (h, w, 3) uint8
+    labels : (h, w) int32
+        Numbered 1, 2, ...; every mirror image of a nucleus has its own number.
+    """
+    (rows, row_tile), (columns, column_tile) = (
+        _mirror(size, length, first) for size, length, first in zip(labels.shape, shape, corner, strict=True)
+    )
+    tiles = row_tile[:, None] * (int(column_tile.max(initial=0)) + 1) + column_tile
+    _, compact = _compact(labels)
+    tiled = compact[rows][:, columns]
+    n = int(compact.max(initial=0)) + 1
+    _, keys = _compact(np.where(tiled > 0, tiles * n + tiled, 0).astype(np.int32))
+    pairs = _join(keys, tiled, row_tile, _meets_border(compact))
+    pairs += _join(keys.T, tiled.T, column_tile, _meets_border(compact.T))
+    links = np.concatenate([np.zeros((0, 2), np.int32), *pairs])
+    n_keys = int(keys.max(initial=0)) + 1
+    graph = sparse.coo_array((np.ones(len(links)), (links[:, 0], links[:, 1])), shape=(n_keys, n_keys))
+    numbers = sparse.csgraph.connected_components(graph, directed=False)[1]
+    numbers = np.where(np.arange(n_keys) > 0, numbers + 1, 0).astype(np.int32)
+    return np.ascontiguousarray(image[rows][:, columns]), _compact(numbers[keys])[1]
+
+
+def _mirror(size: int, length: int, first: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """For each of `length` places from `first` on: which pixel of `size` is there, in which mirror image (0, 1...)."""
+    place = np.arange(first, first + length)
+    tile, pixel = np.divmod(place, size)
+    return np.where(tile % 2, size - 1 - pixel, pixel), tile - tile.min(initial=0)
+
+
+def _meets_border(labels: Labels) -> tuple[Mask, Mask]:
+    """Which numbers meet the first row, and which the last, along most of their width."""
+    n = int(labels.max(initial=0)) + 1
+    widths = np.array([0] + [box[1].stop - box[1].start for box in ndimage.find_objects(labels)])
+    first, last = (np.bincount(labels[row], minlength=n) > ROUND * widths for row in (0, -1))
+    return first, last
+
+
+def _join(keys: Labels, tiled: Labels, tile: NDArray[np.int64], meets: tuple[Mask, Mask]) -> list[NDArray[np.int32]]:
+    """Pairs of keys that are one nucleus across the rows where one mirror image ends and the next begins."""
+    pairs = []
+    for row in np.flatnonzero(np.diff(tile)) + 1:
+        touching = (tiled[row] > 0) & (meets[0][tiled[row]] | meets[1][tiled[row]])
+        pairs.append(np.stack([keys[row - 1][touching], keys[row][touching]], axis=1))
+    return pairs
+
+
 class Canvas:
     """An image whose nuclei are known by number, and what is pasted onto it.
 
@@ -141,18 +209,19 @@ class Canvas:
     def candidates(self) -> NDArray[np.intp]:
         """Numbers of the nuclei that are whole, and neither specks nor clumps."""
         height, width = self.labels.shape
-        whole = [r.start > 0 and c.start > 0 and r.stop < height and c.stop < width for r, c in self.boxes]
+        low, bottom, right = FRAME, height - FRAME, width - FRAME
+        whole = [r.start > low and c.start > low and r.stop < bottom and c.stop < right for r, c in self.boxes]
         areas = np.array(self._areas[1:])
         middle = np.median(areas) if areas.size else 0
         usual = (areas >= max(MIN_AREA, 0.3 * middle)) & (areas <= 4 * middle)
         return np.flatnonzero(usual & np.array(whole, bool)) + 1
 
     def cut(self, number: int) -> Cutout | None:
-        """Cut out a nucleus; None where it is in pieces, or too crowded to tell what belongs to it."""
+        """Cut out a nucleus; None where it is in pieces or shreds, or too crowded to tell what belongs to it."""
         window, margin = self._around(number)
         labels = self.labels[window]
         own = labels == number
-        if _n_pieces(own) != 1:
+        if _n_pieces(own) != 1 or _solidity(own) < MIN_SOLIDITY:
             return None
         beyond = cv2.distanceTransform((~own).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_3)
         rim, others = (beyond > 0) & (beyond < 2), (labels > 0) & ~own
@@ -299,6 +368,13 @@ def _box_of(mask: Mask, top: int = 0, left: int = 0) -> Window:
 def _n_pieces(mask: Mask) -> int:
     """How many pieces hang together by their sides."""
     return cv2.connectedComponents(mask.astype(np.uint8), connectivity=4)[0] - 1
+
+
+def _solidity(mask: Mask) -> float:
+    """Share of its convex hull that a mask fills, by the polygon of its outermost pixels."""
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    largest = max(contours, key=cv2.contourArea)
+    return cv2.contourArea(largest) / max(cv2.contourArea(cv2.convexHull(largest)), 1)
 
 
 def _clip_window(top: int, left: int, shape: tuple[int, int], bounds: tuple[int, int]) -> tuple[Window, Window]:

@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from config import Dataset
+from files import replacing
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"})
 LABEL_FOLDERS = ("masks", "labels")
-CSV_COLUMNS = ("source", "major_category", "sub_category", "patient")
+CSV_COLUMNS = ("source", "major_category", "sub_category", "patient", "origin")
+#: Between the names of a cell that holds several.
+SEPARATOR = ";"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,10 @@ class Record:
     problem : str
         Why it cannot be read, where that is known from the folder alone.
     patient : str
-        Specimen; images that share it must stay on one side of a split. An image without one is its own.
+        Specimen; images that share it must stay on one side of a split. An image without one is its own. A mixture
+        has several, with semicolons between.
+    origin : str
+        Ids of all images it was made from, with semicolons between; empty for an image that was taken.
     """
 
     id: str
@@ -47,6 +53,15 @@ class Record:
     sub_category: str = ""
     patient: str = ""
     problem: str = ""
+    origin: str = ""
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        return _names(self.patient)
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        return _names(self.origin)
 
 
 def find_records(path: str | Path) -> list[Record]:
@@ -117,10 +132,66 @@ def describe_records(records: Sequence[Record], table: dict[str, dict[str, str]]
     for record in records:
         row = table.get(record.id)
         if row is not None:
-            source, major, sub, patient = (row.get(column) or "" for column in CSV_COLUMNS)
-            record = replace(record, source=source, major_category=major, sub_category=sub, patient=patient)
+            source, major, sub, patient, origin = (row.get(column) or "" for column in CSV_COLUMNS)
+            record = replace(
+                record, source=source, major_category=major, sub_category=sub, patient=patient, origin=origin
+            )
         described.append(record)
     return described
+
+
+def derive_record(
+    id: str, image: Path, parents: Sequence[Record], masks: Path | tuple[Path, ...] | None = None
+) -> Record:
+    """The record of a piece, a copy or a mixture: it inherits what its parents agree on, and the patients of all."""
+    shared = {column: {getattr(parent, column) for parent in parents} for column in CSV_COLUMNS[:3]}
+    same = {column: values.pop() if len(values) == 1 else "" for column, values in shared.items()}
+    patients = dict.fromkeys(name for parent in parents for name in parent.patients)
+    origins = dict.fromkeys(name for parent in parents for name in (parent.id, *parent.origins))
+    return Record(id, image, masks, **same, patient=SEPARATOR.join(patients), origin=SEPARATOR.join(origins))
+
+
+def book_records(path: str | Path, records: Sequence[Record]) -> int:
+    """Add a row a record to a CSV that describes images; what is in it already stays as it is.
+
+    Parameters
+    ----------
+    path : path
+        Made where it is missing; a column that is missing is added.
+    records : sequence of Record
+        Those that are booked already are passed over.
+
+    Returns
+    -------
+    int
+        How many rows are new.
+
+    Raises
+    ------
+    ValueError
+        The CSV describes another image under the id of one of them.
+    """
+    path = Path(path)
+    table = read_table(path) if path.is_file() else {}
+    fresh = []
+    for record in records:
+        booked = (table.get(record.id) or {}).get("origin") or ""
+        if record.id not in table:
+            fresh.append(record)
+        elif booked != record.origin:
+            raise ValueError(
+                f"{path}: '{record.id}' is there with the origin '{booked}', not '{record.origin}'; rename that image"
+            )
+    header, rows = _read_cells(path) if path.is_file() else (["image_id", *CSV_COLUMNS], [])
+    wider = header + [column for column in CSV_COLUMNS if column not in header]
+    if not fresh:
+        return 0
+    cells = [{"image_id": r.id, **{column: getattr(r, column) for column in CSV_COLUMNS}} for r in fresh]
+    rows = [row + [""] * (len(wider) - len(row)) for row in rows]
+    with replacing(path, sync=True) as stage, open(stage, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([wider, *rows, *([row.get(column, "") for column in wider] for row in cells)])
+    return len(fresh)
 
 
 def filter_records(records: Sequence[Record], options: Dataset) -> list[Record]:
@@ -246,8 +317,19 @@ def format_counts(records: Iterable[Record]) -> str:
     return ", ".join(f"{name or 'uncategorised'} {n}" for name, n in count_by(records).items())
 
 
+def _names(cell: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in cell.split(SEPARATOR) if name.strip())
+
+
 def _group_key(record: Record, by: str) -> str:
     return f"patient {record.patient}" if by == "patient" and record.patient else f"image {record.id}"
+
+
+def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a CSV, cell by cell, without blank lines."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        header, *rows = [row for row in csv.reader(file) if row]
+    return header, rows
 
 
 def _subfolders(path: Path) -> list[Path]:

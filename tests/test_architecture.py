@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
         "tile", "annotation", "synthetic", "footprint", "helper", "view",
     ),
-    ("dataset", "plot", "score"),
+    ("dataset", "plot", "score", "stitching"),
     ("model", "tuning"),
     ("predict", "trainer", "report"),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from collage import MAX_HIDDEN, paste_nuclei, paste_some
-from labels import adjacency, areas
+from collage import MAX_HIDDEN, mirror_tile, paste_nuclei, paste_some
+from labels import adjacency, areas, relabel
 from synthetic import KINDS, draw_sample
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -134,3 +134,37 @@ def test_some_is_one_in_three():
     image, labels = disks(200, 20)
     changed = sum(paste_some(image, labels, np.random.default_rng(seed))[1] is not labels for seed in range(150))
     assert 30 <= changed <= 70
+
+
+# Mirror images
+
+
+def test_a_window_is_what_symmetric_padding_gives():
+    image, labels = draw("fluorescence")
+    found_image, found = mirror_tile(image, labels, (500, 420), (-100, -150))
+    padding = ((100, 208), (150, 78))
+    assert np.array_equal(found_image, np.pad(image, (*padding, (0, 0)), mode="symmetric"))
+    assert np.array_equal(found > 0, np.pad(labels, padding, mode="symmetric") > 0)
+
+
+def test_a_window_inside_is_the_image_itself():
+    image, labels = draw("tissue")
+    found_image, found = mirror_tile(image, labels, (60, 50), (20, 30))
+    assert np.array_equal(found_image, image[20:80, 30:80])
+    assert np.array_equal(found, relabel(labels[20:80, 30:80]))
+
+
+@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize(("depth", "n"), [(6, 1), (20, 2)], ids=["a cap is rounded", "most of a disk has a twin"])
+def test_a_nucleus_on_the_border_goes_on_in_its_mirror_image(turn, depth, n):
+    y, x = np.mgrid[:64, :64]
+    labels = np.rot90(((y - depth + 12) ** 2 + (x - 32) ** 2 <= 12**2).astype(np.int32), turn).copy()
+    image = np.zeros((64, 64, 3), np.uint8)
+    found = mirror_tile(image, labels, (64, 64), [(-32, 0), (0, -32), (32, 0), (0, 32)][turn])[1]
+    assert found.max() == n
+
+
+def test_mirror_images_of_a_nucleus_are_other_nuclei():
+    image, labels = disks(200, 20)
+    found = mirror_tile(image, labels, (256, 384))[1]
+    assert found.max() == 3 * 2 * 3 and set(areas(found)[1:]) == {areas(labels)[1]}

@@ -177,7 +177,7 @@ def test_image_and_labels_move_together(precise):
         assert (error[inside] <= 4).mean() > 0.99
 
 
-@pytest.mark.parametrize("shape", [(300, 400), (400, 300), (170, 170)])
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300), (190, 190)])
 def test_crop_stays_inside(shape):
     for seed in range(40):
         x, y = np.moveaxis(geometric_warp(seed, shape).coordinates(), -1, 0)
