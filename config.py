@@ -30,7 +30,7 @@ SPLIT_KEYS = tuple(
 CHECKPOINT_KEYS = (
     "default.width", "param.threshold", "param.threshold_edge", "param.threshold_mark", "param.threshold_distance",
     "param.threshold_color", "pre.channels", "pre.mean", "pre.std", "pre.percentile_low", "pre.percentile_high",
-    "pre.stretch", "contour.detect", "contour.exclusive", "post.min_score",
+    "pre.stretch", "pre.color_space", "pre.stain_normalize", "contour.detect", "contour.exclusive", "post.min_score",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -181,6 +181,8 @@ class Pre(Section):
     percentile_low: float = Field(0.1, ge=0, lt=100)
     percentile_high: float = Field(99.9, gt=0, le=100)
     stretch: bool = True
+    color_space: Literal["rgb", "lab", "hed", "gray"] = "rgb"
+    stain_normalize: Literal["none", "macenko", "reinhard"] = "none"
     label_to_binary: bool = True
     random_crop: bool = True
     flip: bool = True
@@ -206,9 +208,10 @@ class Pre(Section):
     min_object_size: int = Field(0, ge=0)
 
     @property
-    def policy(self) -> tuple[tuple[int, ...], tuple[float, float], bool]:
-        """How intensities are read: channels, percentiles, stretch, as `image.read_image` takes them."""
-        return self.channels, (self.percentile_low, self.percentile_high), self.stretch
+    def policy(self) -> tuple[tuple[int, ...], tuple[float, float], bool, str, str]:
+        """How images are read: channels, percentiles, stretch, colours, as `image.read_image` takes them."""
+        percentiles = self.percentile_low, self.percentile_high
+        return self.channels, percentiles, self.stretch, self.color_space, self.stain_normalize
 
     @model_validator(mode="after")
     def _ordered(self) -> Pre:

@@ -176,11 +176,14 @@ class Augmentation:
     stage : {'warp', 'sample', 'nuclei', 'image'}
         What it returns: a warp, (image, labels), or an image.
     switch : str
+    rgb : bool
+        Whether it knows red, green and blue alone; it is left out where ``[pre] color_space`` is another.
     """
 
     run: Callable
     stage: str
     switch: str
+    rgb: bool = False
 
 
 #: In the order they are applied; the crop comes last of the warps, when the reach of the crop is known.
@@ -192,14 +195,14 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "random_crop": Augmentation(_crop, "warp", "random_crop"),
     "paste_nuclei": Augmentation(collage.paste_some, "sample", "paste_nuclei"),
     "fade_nuclei": Augmentation(color.fade_nuclei, "nuclei", "fade_nuclei"),
-    "color_equalize": Augmentation(color.equalize_some, "image", "color_equalize"),
+    "color_equalize": Augmentation(color.equalize_some, "image", "color_equalize", rgb=True),
     "color_jitter": Augmentation(color.jitter, "image", "color_jitter"),
-    "stain_shift": Augmentation(color.shift_stain, "image", "stain_shift"),
-    "color_space_shift": Augmentation(color.shift_lab, "image", "color_space_shift"),
-    "channel_shuffle": Augmentation(color.shuffle, "image", "channel_shuffle"),
-    "gray": Augmentation(color.gray, "image", "gray"),
-    "recolor": Augmentation(color.recolor, "image", "recolor"),
-    "color_invert": Augmentation(color.invert, "image", "color_invert"),
+    "stain_shift": Augmentation(color.shift_stain, "image", "stain_shift", rgb=True),
+    "color_space_shift": Augmentation(color.shift_lab, "image", "color_space_shift", rgb=True),
+    "channel_shuffle": Augmentation(color.shuffle, "image", "channel_shuffle", rgb=True),
+    "gray": Augmentation(color.gray, "image", "gray", rgb=True),
+    "recolor": Augmentation(color.recolor, "image", "recolor", rgb=True),
+    "color_invert": Augmentation(color.invert, "image", "color_invert", rgb=True),
     "illumination": Augmentation(color.illuminate, "image", "illumination"),
     "blur": Augmentation(color.blur, "image", "blur"),
     "add_noise": Augmentation(color.noise, "image", "add_noise"),
@@ -223,7 +226,8 @@ def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sa
     Without ``random_crop`` the whole image is squeezed into the square, as a network of fixed input size needs it.
     Labels keep their ids; those that fall outside are gone, and nuclei that are pasted get new ones.
     """
-    rows = [row for row in AUGMENTATIONS.values() if getattr(pre, row.switch)]
+    fitting = [row for row in AUGMENTATIONS.values() if pre.color_space == "rgb" or not row.rgb]
+    rows = [row for row in fitting if getattr(pre, row.switch)]
     stages = ("warp", "sample", "nuclei", "image")
     warps, samples, nuclei, images = ([row.run for row in rows if row.stage == stage] for stage in stages)
 

@@ -263,3 +263,15 @@ def test_colour_rows_leave_labels_alone(name):
     sample = draw()
     for seed in range(6):
         assert np.array_equal(run(switched(AUGMENTATIONS[name].switch), sample, seed).labels, sample.labels)
+
+
+def test_in_other_spaces_what_knows_rgb_alone_is_left_out():
+    sample = draw()
+    for name, row in AUGMENTATIONS.items():
+        found = [run(switched(row.switch, color_space="lab"), sample, seed) for seed in range(30)]
+        plain = [run(switched(row.switch), sample, seed) for seed in range(30)]
+        if row.rgb:
+            assert all(same(a, sample) for a in found), name
+        else:
+            assert all(same(a, b) for a, b in zip(found, plain, strict=True)), name
+    assert {"stain_shift", "color_space_shift"} <= {name for name, row in AUGMENTATIONS.items() if row.rgb}

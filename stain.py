@@ -1,0 +1,138 @@
+"""The colours in which a network sees an image: stains brought to one look, and the colour space.
+
+Every function takes an (H, W, 3) uint8 RGB image and gives an array of the same shape and type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from skimage.color import rgb2hed
+
+Image = NDArray[np.uint8]
+
+#: What a stain of full strength is in units of scikit-image; 99 percent of the pixels of stained tissue lie below.
+FULL_STAIN = 0.3
+#: Optical density (red, green, blue) of hematoxylin and of eosin, and how much of each there is in the strongest
+#: hundredth of the pixels: the reference of Macenko's method as its implementations share it.
+STAINS = np.array([[0.5626, 0.7201, 0.4062], [0.2159, 0.8012, 0.5581]])
+AMOUNTS = np.array([1.9705, 1.0308])
+#: Mean and deviation of CIELAB over 18 images of tissue in hematoxylin and eosin.
+LAB_MEAN, LAB_STD = np.array([76.0, 16.2, -16.3]), np.array([21.3, 20.4, 19.7])
+
+MIN_DENSITY = 0.15  # optical density below which a pixel is no tissue
+MIN_TISSUE = 100  # pixels from which stains can be told
+MIN_ANGLE = 0.05  # radians between two stains; below it there is one
+GRAY_RANGE, COLORED_SHARE = 8, 0.01  # a pixel has a colour where its channels differ by more; an image where more do
+#: Optical density (minus the logarithm of the transmitted share) of each 8-bit intensity.
+_DENSITY = -np.log((np.arange(256) + 1) / 256)
+
+
+def see(image: Image, space: str = "rgb", normalize: str = "none") -> Image:
+    """An image as a network is to see it: `NORMALIZERS` of `normalize`, then `SPACES` of `space`.
+
+    Gray images have no stain; they are not normalized.
+    """
+    if normalize != "none" and not is_gray(image):
+        image = NORMALIZERS[normalize](image)
+    return SPACES[space](image)
+
+
+def is_gray(image: Image) -> bool:
+    """Whether all but a hundredth of the pixels are without colour, up to what compression leaves behind."""
+    spread = image.max(axis=-1) - image.min(axis=-1)
+    return np.count_nonzero(spread > GRAY_RANGE) <= COLORED_SHARE * spread.size
+
+
+def normalize_macenko(image: Image) -> Image:
+    """Give the two stains of an image the colours and the strength of the reference.
+
+    The stains are the outermost directions of the optical density, in the plane in which it varies most. An image with
+    too little tissue to tell them, or with one stain, stays as it is.
+
+    References
+    ----------
+    M. Macenko et al., A method for normalizing histology slides for quantitative analysis, 2009,
+    doi:10.1109/ISBI.2009.5193250
+    """
+    density = _DENSITY[image].reshape(-1, 3)
+    tissue = density[(density > MIN_DENSITY).all(axis=1)]
+    stains = _find_stains(tissue) if len(tissue) >= MIN_TISSUE else None
+    if stains is None:
+        return image
+    amounts = density @ np.linalg.pinv(stains)
+    strongest = np.maximum(np.percentile(amounts, 99, axis=0), 1e-3)
+    normal = (amounts * (AMOUNTS / strongest)) @ STAINS
+    return _to_image(256 * np.exp(-normal) - 1, image.shape)
+
+
+def normalize_reinhard(image: Image) -> Image:
+    """Give the colours of an image the mean and the deviation of the reference, each channel by itself.
+
+    References
+    ----------
+    E. Reinhard et al., Color transfer between images, 2001, doi:10.1109/38.946629; in CIELAB, in place of their space.
+    """
+    lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+    mean, std = lab.mean(axis=(0, 1)), lab.std(axis=(0, 1))
+    moved = (lab - mean) * (LAB_STD / np.maximum(std, 1e-3)) + LAB_MEAN
+    moved[..., 0] = np.clip(moved[..., 0], 0, 100)
+    return _to_image(255 * cv2.cvtColor(moved.astype(np.float32), cv2.COLOR_LAB2RGB), image.shape)
+
+
+def to_lab(image: Image) -> Image:
+    """CIELAB: lightness of 0 to 100 as 0 to 255, and the two colour axes with 128 for none."""
+    return cast(Image, cv2.cvtColor(image, cv2.COLOR_RGB2LAB))
+
+
+def to_hed(image: Image) -> Image:
+    """How much hematoxylin, eosin and DAB there is, 0 to `FULL_STAIN` as 0 to 255.
+
+    References
+    ----------
+    A. C. Ruifrok and D. A. Johnston, Quantification of histochemical staining by color deconvolution, Anal Quant Cytol
+    Histol 23 (2001) 291-299
+    """
+    # A pixel of intensity 0 would be as dense as nothing is.
+    return _to_image(255 / FULL_STAIN * rgb2hed(np.maximum(image, 1)), image.shape)
+
+
+def to_gray(image: Image) -> Image:
+    """The luminance, in three equal channels."""
+    return cast(Image, cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB))
+
+
+def _find_stains(tissue: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """Optical density of hematoxylin and of eosin, (2, 3), from (N, 3); None where there is one stain."""
+    plane = np.linalg.eigh(np.cov(tissue.T))[1][:, :0:-1]
+    plane = plane * np.where(plane.sum(axis=0) < 0, -1, 1)
+    along, across = (tissue @ plane).T
+    angles = np.percentile(np.arctan2(across, along), (1, 99))
+    if angles[1] - angles[0] < MIN_ANGLE:
+        return None
+    stains = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ plane.T
+    return stains[np.argsort(-stains[:, 0])]  # hematoxylin takes more of the red
+
+
+def _to_image(values: NDArray[np.floating], shape: tuple[int, ...]) -> Image:
+    return np.rint(np.clip(values, 0, 255)).astype(np.uint8).reshape(shape)
+
+
+NORMALIZERS: dict[str, Callable[[Image], Image]] = {
+    "none": lambda image: image,
+    "macenko": normalize_macenko,
+    "reinhard": normalize_reinhard,
+}
+"""``[pre] stain_normalize`` -> function."""
+
+SPACES: dict[str, Callable[[Image], Image]] = {
+    "rgb": lambda image: image,
+    "lab": to_lab,
+    "hed": to_hed,
+    "gray": to_gray,
+}
+"""``[pre] color_space`` -> function."""
