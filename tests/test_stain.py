@@ -15,6 +15,8 @@ from synthetic import draw_sample, write_dataset
 
 TISSUE = draw_sample(0, (96, 96), "tissue")[0]
 FLUORESCENCE = draw_sample(0, (96, 96), "fluorescence")[0]
+#: Optical density of hematoxylin and eosin on two slides.
+SLIDES = (((0.60, 0.72, 0.34), (0.15, 0.85, 0.50)), ((0.50, 0.76, 0.42), (0.26, 0.80, 0.54)))
 every_normalizer = pytest.mark.parametrize("name", [name for name in NORMALIZERS if name != "none"])
 
 
@@ -76,8 +78,8 @@ def test_gray_images_are_left_alone(name):
 @every_normalizer
 @pytest.mark.parametrize("seed", range(3))
 def test_slides_that_were_stained_differently_come_to_look_alike(name, seed):
-    _, first = stained([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]], seed)
-    _, second = stained([[0.50, 0.78, 0.40], [0.20, 0.90, 0.30]], seed)
+    _, first = stained(SLIDES[0], seed)
+    _, second = stained(SLIDES[1], seed)
     before = np.abs(first.astype(int) - second).mean()
     after = np.abs(see(first, normalize=name).astype(int) - see(second, normalize=name)).mean()
     assert after < 0.6 * before
@@ -85,14 +87,14 @@ def test_slides_that_were_stained_differently_come_to_look_alike(name, seed):
 
 @every_normalizer
 def test_what_is_normal_already_hardly_changes(name):
-    once = see(stained([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])[1], normalize=name)
+    once = see(stained(SLIDES[0])[1], normalize=name)
     assert np.abs(see(once, normalize=name).astype(int) - once).mean() < 6
 
 
 def test_macenko_finds_the_stains_of_a_slide():
     from stain import _DENSITY, _find_stains
 
-    true = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
+    true = np.array(SLIDES[0])
     true /= np.linalg.norm(true, axis=1, keepdims=True)
     _, image = stained(true)
     found = _find_stains(_DENSITY[image].reshape(-1, 3))
@@ -107,10 +109,17 @@ def test_flat_images_make_no_trouble(name, shape, color):
     assert found.shape == shape and found.dtype == np.uint8
 
 
-def test_macenko_leaves_one_stain_as_it_is():
-    amount = np.random.default_rng(0).uniform(0.3, 1.5, (64, 64, 1))
-    image = np.rint(256 * np.exp(-amount * [0.65, 0.70, 0.29]) - 1).astype(np.uint8)
+@pytest.mark.parametrize("stains", [((0.65, 0.70, 0.29),) * 2, ((0.65, 0.70, 0.29), (0.10, 0.30, 0.95))])
+def test_macenko_leaves_one_stain_or_another_pair_as_it_is(stains):
+    image = stained(stains)[1]
     assert see(image, normalize="macenko") is image
+
+
+def test_reinhard_leaves_glass_as_it_is():
+    image = stained(SLIDES[0])[1]
+    image[:8] = 255
+    found = see(image, normalize="reinhard")
+    assert (found[:8] == 255).all() and not np.array_equal(found, image)
 
 
 # On the way in
