@@ -34,8 +34,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: at least {least}")
     plans = plan_stitches(choose_material(config, args), args.images, args.seed, args.mix)
-    folder = args.folder.resolve()
-    target = args.output or folder.with_name(f"{folder.name}_stitch")
+    folder = args.folder.absolute()
+    target = args.output or folder.with_name(f"{folder.name or folder.resolve().name}_stitch")
     todo = [plan for plan in plans if not (target / plan.id).exists()]
     kinds = f" ({format_counts(plan.base for plan in todo)})" if todo else ""
     print(f"{target}: {len(todo)} images to make{kinds}, {len(plans) - len(todo)} there already")
