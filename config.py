@@ -34,7 +34,8 @@ SPLIT_KEYS = tuple(
 CHECKPOINT_KEYS = (
     "default.width", "param.threshold", "param.threshold_edge", "param.threshold_mark", "param.threshold_distance",
     "param.threshold_color", "pre.channels", "pre.mean", "pre.std", "pre.percentile_low", "pre.percentile_high",
-    "pre.stretch", "pre.nucleus_diameter", "contour.detect", "contour.exclusive", "post.min_score",
+    "pre.stretch", "pre.color_space", "pre.stain_normalize", "pre.nucleus_diameter", "contour.detect",
+    "contour.exclusive", "post.min_score",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -101,7 +102,7 @@ FreezeEpochs = Annotated[Literal["auto", "forever"] | Annotated[int, Field(ge=0)
 OptionalBool = Annotated[bool | None, BeforeValidator(_empty_to_none)]
 OptionalInt = Annotated[int | None, BeforeValidator(_empty_to_none)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_empty_to_none)]
-Weights = Annotated[
+MemberWeights = Annotated[
     tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(_split_list), AfterValidator(_some_weight)
 ]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_truth_as_number)]
@@ -191,7 +192,7 @@ class Valid(Section):
     print_table: bool = False
     test_time_augment: Views = ("flips",)
     ensemble: Literal["avg", "vote"] = "avg"
-    ensemble_weights: Weights = ()
+    ensemble_weights: MemberWeights = ()
 
     @property
     def figure_position(self) -> tuple[int, int] | None:
@@ -207,6 +208,8 @@ class Pre(Section):
     percentile_low: float = Field(0.1, ge=0, lt=100)
     percentile_high: float = Field(99.9, gt=0, le=100)
     stretch: bool = True
+    color_space: Literal["rgb", "lab", "hed", "gray"] = "rgb"
+    stain_normalize: Literal["none", "macenko", "reinhard"] = "none"
     label_to_binary: bool = True
     random_crop: bool = True
     flip: bool = True
@@ -223,6 +226,7 @@ class Pre(Section):
     gray: bool = True
     color_space_shift: bool = True
     channel_shuffle: bool = True
+    paste_nuclei: bool = False
     fade_nuclei: bool = True
     stain_shift: bool = True
     recolor: bool = True
@@ -234,9 +238,10 @@ class Pre(Section):
     min_object_size: int = Field(0, ge=0)
 
     @property
-    def policy(self) -> tuple[tuple[int, ...], tuple[float, float], bool]:
-        """How intensities are read: channels, percentiles, stretch, as `image.read_image` takes them."""
-        return self.channels, (self.percentile_low, self.percentile_high), self.stretch
+    def policy(self) -> tuple[tuple[int, ...], tuple[float, float], bool, str, str]:
+        """How images are read: channels, percentiles, stretch, colours, as `image.read_image` takes them."""
+        percentiles = self.percentile_low, self.percentile_high
+        return self.channels, percentiles, self.stretch, self.color_space, self.stain_normalize
 
     @model_validator(mode="after")
     def _ordered(self) -> Pre:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from files import replacing
 from labels import relabel
+from stain import see
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,10 @@ def read_image(
     channels: Sequence[int] = (),
     percentiles: tuple[float, float] = (0.1, 99.9),
     stretch: bool = False,
+    color_space: str = "rgb",
+    stain_normalize: str = "none",
 ) -> NDArray[np.uint8]:
-    """Read an image as 8-bit RGB.
+    """Read an image as 8-bit RGB, or in the colours that a network is to see.
 
     8-bit pixels are taken as they are; 16-bit and float ones are scaled between two percentiles of the image. Gray
     becomes three equal channels, alpha is dropped.
@@ -69,6 +72,8 @@ def read_image(
         Intensities that become 0 and 255.
     stretch : bool
         Scale 8-bit images too, so that a dim one shows a network as much as a bright one.
+    color_space, stain_normalize : str
+        Rows of `stain.SPACES` and `stain.NORMALIZERS`.
 
     Returns
     -------
@@ -84,7 +89,8 @@ def read_image(
         array = array[..., None]
     if alpha:
         array = array[..., :-1]
-    return _to_uint8(_pick_channels(array, channels, path), percentiles, stretch, path)
+    image = _to_uint8(_pick_channels(array, channels, path), percentiles, stretch, path)
+    return see(image, color_space, stain_normalize)
 
 
 def read_pixels(path: str | Path) -> Pixels:
@@ -186,7 +192,7 @@ class Cache:
     ----------
     folder : path
         Where the arrays lie; made when first needed.
-    channels, percentiles, stretch
+    channels, percentiles, stretch, color_space, stain_normalize
         As in `read_image`; part of the key.
 
     Notes
@@ -199,11 +205,13 @@ class Cache:
     channels: tuple[int, ...] = ()
     percentiles: tuple[float, float] = (0.1, 99.9)
     stretch: bool = False
+    color_space: str = "rgb"
+    stain_normalize: str = "none"
     _keys: dict[Path, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def _policy(self) -> tuple[tuple[int, ...], tuple[float, float], bool]:
-        return self.channels, self.percentiles, self.stretch
+    def _policy(self) -> tuple[tuple[int, ...], tuple[float, float], bool, str, str]:
+        return self.channels, self.percentiles, self.stretch, self.color_space, self.stain_normalize
 
     def image(self, path: Path) -> NDArray[np.uint8]:
         """The image as `read_image` gives it, (H, W, 3) uint8, as a read-only memory map."""

@@ -1,7 +1,7 @@
 """Augment a sample: an image with its label map, moved and coloured at random.
 
 All warps of the table only describe where the pixels of the crop come from; the image and its labels are then read
-once, through one `Warp`, whatever the number of rows. Rows that colour the nuclei, and the image, follow.
+once, through one `Warp`, whatever the number of rows. Rows that add nuclei, colour them, and the image, follow.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+import collage
 import color
 from color import Image, Rng
 from config import Pre
@@ -188,15 +189,19 @@ class Augmentation:
     Attributes
     ----------
     run : callable
-        ``run(warp, rng, pre)``, ``run(image, labels, rng)``, ``run(image, style, rng)`` or ``run(image, rng)``, by
-        `stage`.
-    stage : {'warp', 'nuclei', 'style', 'image'}
+        ``run(warp, rng, pre)``, ``run(image, labels, rng)`` (stages sample and nuclei), ``run(image, style, rng)`` or
+        ``run(image, rng)``, by `stage`.
+    stage : {'warp', 'sample', 'nuclei', 'style', 'image'}
+        What it returns: a warp, (image, labels), or an image.
     switch : str
+    rgb : bool
+        Whether it knows red, green and blue alone; it is left out where ``[pre] color_space`` is another.
     """
 
     run: Callable
     stage: str
     switch: str
+    rgb: bool = False
 
 
 #: In the order they are applied; the crop comes last of the warps, when the reach of the crop is known.
@@ -206,16 +211,17 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "flip": Augmentation(_flip, "warp", "flip"),
     "elastic_distortion": Augmentation(_elastic, "warp", "elastic_distortion"),
     "random_crop": Augmentation(_crop, "warp", "random_crop"),
+    "paste_nuclei": Augmentation(collage.paste_some, "sample", "paste_nuclei"),
     "fade_nuclei": Augmentation(color.fade_nuclei, "nuclei", "fade_nuclei"),
     "style_mix": Augmentation(color.mix_style, "style", "style_mix"),
-    "color_equalize": Augmentation(color.equalize_some, "image", "color_equalize"),
+    "color_equalize": Augmentation(color.equalize_some, "image", "color_equalize", rgb=True),
     "color_jitter": Augmentation(color.jitter, "image", "color_jitter"),
-    "stain_shift": Augmentation(color.shift_stain, "image", "stain_shift"),
-    "color_space_shift": Augmentation(color.shift_lab, "image", "color_space_shift"),
-    "channel_shuffle": Augmentation(color.shuffle, "image", "channel_shuffle"),
-    "gray": Augmentation(color.gray, "image", "gray"),
-    "recolor": Augmentation(color.recolor, "image", "recolor"),
-    "color_invert": Augmentation(color.invert, "image", "color_invert"),
+    "stain_shift": Augmentation(color.shift_stain, "image", "stain_shift", rgb=True),
+    "color_space_shift": Augmentation(color.shift_lab, "image", "color_space_shift", rgb=True),
+    "channel_shuffle": Augmentation(color.shuffle, "image", "channel_shuffle", rgb=True),
+    "gray": Augmentation(color.gray, "image", "gray", rgb=True),
+    "recolor": Augmentation(color.recolor, "image", "recolor", rgb=True),
+    "color_invert": Augmentation(color.invert, "image", "color_invert", rgb=True),
     "illumination": Augmentation(color.illuminate, "image", "illumination"),
     "blur": Augmentation(color.blur, "image", "blur"),
     "add_noise": Augmentation(color.noise, "image", "add_noise"),
@@ -237,11 +243,12 @@ def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sa
     Notes
     -----
     Without ``random_crop`` the whole image is squeezed into the square, as a network of fixed input size needs it.
-    Labels keep their ids; those that fall outside are gone.
+    Labels keep their ids; those that fall outside are gone, and nuclei that are pasted get new ones.
     """
-    rows = [row for row in AUGMENTATIONS.values() if getattr(pre, row.switch)]
-    stages = ("warp", "nuclei", "style", "image")
-    warps, nuclei, styles, images = ([row.run for row in rows if row.stage == stage] for stage in stages)
+    fitting = [row for row in AUGMENTATIONS.values() if pre.color_space == "rgb" or not row.rgb]
+    rows = [row for row in fitting if getattr(pre, row.switch)]
+    stages = ("warp", "sample", "nuclei", "style", "image")
+    warps, samples, nuclei, styles, images = ([row.run for row in rows if row.stage == stage] for stage in stages)
 
     def transform(sample: Sample, rng: Rng) -> Sample:
         warp = Warp.centered(sample.labels.shape, (width, width))
@@ -252,14 +259,16 @@ def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sa
         for run in warps:
             warp = run(warp, rng, pre)
         sample = warp.apply(sample, precise)
-        image = sample.image
+        image, labels = sample.image, sample.labels
+        for run in samples:
+            image, labels = run(image, labels, rng)
         for run in nuclei:
-            image = run(image, sample.labels, rng)
+            image = run(image, labels, rng)
         if sample.style is not None:
             for run in styles:
                 image = run(image, _cut(sample.style, width, rng), rng)
         for run in images:
             image = run(image, rng)
-        return replace(sample, image=image)
+        return replace(sample, image=image, labels=labels)
 
     return transform

@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("color", "config", "files", "labels", "network"),
+    ("collage", "color", "config", "files", "labels", "network", "stain"),
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
         "tile", "annotation", "synthetic", "footprint", "helper", "view",
     ),
-    ("dataset", "link", "piece", "plot", "score"),
+    ("dataset", "link", "piece", "plot", "score", "stitching"),
     ("model", "tuning"),
     ("predict", "trainer", "report"),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),

@@ -361,13 +361,14 @@ def test_plain_form_goes_through_json_and_back(load):
 
 
 def test_user_beats_checkpoint_beats_default(load):
-    saved = load(
-        "[param]\nthreshold = 0.7\nthreshold_edge = 0.6\n[train]\nn_epoch = 3\n[pre]\nstretch = no\n"
-    ).to_dict()
+    text = "[param]\nthreshold = 0.7\nthreshold_edge = 0.6\n[train]\nn_epoch = 3\n"
+    text += "[pre]\nstretch = no\ncolor_space = hed\nstain_normalize = macenko\n"
+    saved = load(text).to_dict()
     config = load("[param]\nthreshold = 0.2\n").inherit(saved, CHECKPOINT_KEYS)
     assert config.param.threshold == 0.2
     assert config.param.threshold_edge == 0.6
     assert config.pre.stretch is False
+    assert (config.pre.color_space, config.pre.stain_normalize) == ("hed", "macenko")
     assert config.param.threshold_mark == Config().param.threshold_mark
     assert config.train.n_epoch == Config().train.n_epoch  # no fact of the network
     assert config.user_set == {"param.threshold"}

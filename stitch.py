@@ -1,0 +1,96 @@
+"""Make images of touching and overlapping nuclei from labelled ones.
+
+    python stitch.py data/stage1_train --images 60                    into data/stage1_train_stitch, kinds in turn
+    python stitch.py data/train --images 60 --output data/train       straight among the training images
+    python stitch.py data/train --worst iou.csv --keep 20             from the 20 images that were predicted worst
+    python stitch.py data/train --width 512                           small images continued by their mirror images
+    python stitch.py data/train --images 60 --dry-run                 say what would be made
+
+An image smaller than --width is continued by its mirror images, a larger one is cut. Then nuclei are cut out and
+pasted, turned, against others. A new image is made of images of one patient, and is booked in the CSV of the data set
+as that patient's; --mix takes nuclei from other patients of the same kind as well, which ties those together in a
+split. Run it again to go on where it was interrupted: images that are there stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from config import Config
+from helper import make_parser, run_script
+from image import ImageError
+from record import Record, book_records, divide_records, format_counts, load_records
+from stitching import Plan, Summary, format_summaries, make_stitch, pick_worst, plan_stitches, write_stitch
+
+
+def run(config: Config, args: argparse.Namespace) -> int:
+    args.width = config.width if args.width is None else args.width
+    for name, least in (("images", 1), ("keep", 1), ("width", 64), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)}: at least {least}")
+    plans = plan_stitches(choose_material(config, args), args.images, args.seed, args.mix)
+    folder = args.folder.absolute()
+    target = args.output or folder.with_name(f"{folder.name or folder.resolve().name}_stitch")
+    todo = [plan for plan in plans if not (target / plan.id).exists()]
+    kinds = f" ({format_counts(plan.base for plan in todo)})" if todo else ""
+    print(f"{target}: {len(todo)} images to make{kinds}, {len(plans) - len(todo)} there already")
+    if args.dry_run:
+        return 0
+    # Booked before they are made: a run that is cut off leaves rows without images, never an image without its patient.
+    table = args.csv or config.dataset.csv_file or args.data / "dataset.csv"
+    print(f"{table}: {book_records(table, [plan.record for plan in plans])} new rows")
+    return make(todo, target, args.width, config)
+
+
+def choose_material(config: Config, args: argparse.Namespace) -> list[Record]:
+    """The images to take nuclei from: no validation images, where these are listed; the worst alone, where wanted."""
+    records = load_records(args.folder, args.data, config.dataset)
+    if config.dataset.valid_ids is not None:
+        records, valid = divide_records(records, config.dataset)
+        print(f"{len(valid)} validation images are left out")
+    if args.worst:
+        records = pick_worst(args.worst, records, args.keep)
+        print(f"{args.worst}: the {len(records)} worst ({format_counts(records)})")
+    return records
+
+
+def make(plans: Sequence[Plan], target: Path, width: int, config: Config) -> int:
+    made: list[Summary] = []
+    refused: list[str] = []
+    for plan in tqdm(plans, unit="image", disable=None):
+        try:
+            stitch = make_stitch(plan, width, config.pre.policy[:2])
+        except ImageError as error:
+            refused.append(str(error))
+            continue
+        write_stitch(target, stitch)
+        made.append(stitch.summary)
+    if made:
+        print(format_summaries(made))
+    for problem in dict.fromkeys(refused):
+        print(f"refused: {problem}", file=sys.stderr)
+    return 3 if refused else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="DIR", help="labelled images, in any layout the toolkit reads")
+    parser.add_argument("--images", type=int, default=60, metavar="N", help="images to make (default: 60)")
+    parser.add_argument("--width", type=int, metavar="W", help="their side in pixels (default: [DEFAULT] width)")
+    parser.add_argument("--worst", type=Path, metavar="CSV", help="take the images that this iou.csv scores lowest")
+    parser.add_argument("--keep", type=int, default=20, metavar="N", help="how many of the worst (default: 20)")
+    parser.add_argument("--mix", action="store_true", help="take nuclei from other patients of the same kind, too")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other images")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where images go (default: DIR_stitch)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where they are booked (default: the data set's CSV)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be made, and write nothing")
+    return run_script(run, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
