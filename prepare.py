@@ -1,7 +1,13 @@
 """Prepare data.
 
-python prepare.py demo                           draw a small data set into data/demo
-python prepare.py demo --images 40 --seed 7
+    python prepare.py demo                               draw a small data set into data/demo
+    python prepare.py demo --images 40 --seed 7
+    python prepare.py add DIR --source TCGA              check images, copy them into data/train, book them
+    python prepare.py add DIR --source TCGA --dry-run    say what it would do
+    python prepare.py remove --source TCGA               move them to data/removed
+
+DIR is in the Kaggle layout, or images with label maps, or images with outlines: <id>.xml (Aperio ImageScope),
+<id>.geojson (QuPath) or one COCO .json for all.
 """
 
 from __future__ import annotations
@@ -10,9 +16,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from config import Config
+from collect import SIDES, Outcome, add_images, find_sources, records_in, remove_images, sides_of
+from config import Config, add_arguments
 from helper import make_parser, run_script
+from record import CSV_COLUMNS, describe_records, format_counts, read_table
 from synthetic import write_dataset
 
 
@@ -33,12 +42,91 @@ def demo(config: Config, args: argparse.Namespace) -> int:
     return 0
 
 
+def add(config: Config, args: argparse.Namespace) -> int:
+    """Copy labelled images into the data set, book them in its CSV; what is there already, by content, is skipped."""
+    sources = find_sources(args.folder, args.outlines)
+    own = args.folder / "dataset.csv"
+    if args.source is None and not own.is_file():
+        raise ValueError(f"--source: wanted a name for where these images come from, as {own} does not say")
+    known = read_table(own) if own.is_file() else {}
+    given = (args.source, args.major, args.sub, args.patient)
+    chosen = {column: value for column, value in zip(CSV_COLUMNS, given, strict=True) if value is not None}
+    rows = {record.id: {**known.get(record.id, {}), **chosen} for record, _ in sources}
+    table = config.dataset.csv_file or args.data / "dataset.csv"
+    outcome = add_images(
+        sources,
+        args.data,
+        table,
+        rows,
+        side=args.to,
+        prefix=args.prefix,
+        policy=config.pre.policy,
+        dry_run=args.dry_run,
+    )
+    would = "would be " if args.dry_run else ""
+    n_outlines = sum(len(found.outlines) + len(found.refused) for _, found in sources if found)
+    print(f"{args.folder}: {len(sources)} images" + (f", {n_outlines} outlines" if n_outlines else ""))
+    print(f"{outcome.folder}: {len(outcome.done)} images {would}added, with {outcome.n_nuclei} nuclei")
+    if outcome.present:
+        print(f"{len(outcome.present)} are there already, skipped: {', '.join(outcome.present[:3])}, ..."[:200])
+    return finish(config, args, outcome, table, "booked")
+
+
+def remove(config: Config, args: argparse.Namespace) -> int:
+    """Move images out of the data set, with their rows; adding the folder they go to brings them back."""
+    if not args.ids and not args.source:
+        raise ValueError("remove: wanted --source NAME, or ids of images")
+    table = config.dataset.csv_file or args.data / "dataset.csv"
+    outcome = remove_images(args.data, table, args.ids, args.source, dry_run=args.dry_run)
+    print(f"{len(outcome.done)} images {'would be ' if args.dry_run else ''}moved to {outcome.folder}")
+    return finish(config, args, outcome, table, "removed")
+
+
+def finish(config: Config, args: argparse.Namespace, outcome: Outcome, table: Path, verb: str) -> int:
+    """Say what became of the table and of the data set, and what was refused."""
+    print(f"{table}: {outcome.n_rows} rows {'would be ' if args.dry_run else ''}{verb}")
+    for side, folder in sides_of(args.data).items():
+        records = describe_records(records_in(folder), read_table(table) if table.is_file() else {})
+        print(f"{side}: {len(records)} images" + (f" ({format_counts(records)})" if records else ""))
+    for line in outcome.refused:
+        print(f"refused: {line}", file=sys.stderr)
+    return 3 if outcome.refused else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("task", choices=("demo",))
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for function, options in (demo, demo_options), (add, add_options), (remove, remove_options):
+        task = tasks.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        add_arguments(task)
+        for action in task._actions:  # what stands before the task counts as well
+            action.default = argparse.SUPPRESS
+        options(task)
+        task.set_defaults(run=function)
+    return run_script(lambda config, args: args.run(config, args), parser, argv)
+
+
+def demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=40, metavar="N", help="images to draw (default: 40)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other images")
-    return run_script(demo, parser, argv)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="labelled images")
+    parser.add_argument("--source", metavar="NAME", help="where they come from; needed where DIR has no dataset.csv")
+    parser.add_argument("--major", metavar="NAME", help="their major_category")
+    parser.add_argument("--sub", metavar="NAME", help="their sub_category")
+    parser.add_argument("--patient", metavar="NAME", help="specimen, if all are of one; else each is one of its own")
+    parser.add_argument("--outlines", type=Path, metavar="DIR", help="where the outlines are, if not beside the images")
+    parser.add_argument("--to", choices=SIDES, default="train", help="side of the data set (default: train)")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="stands before each id")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would do, write nothing")
+
+
+def remove_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", nargs="*", metavar="ID", help="images")
+    parser.add_argument("--source", action="append", default=[], metavar="NAME", help="all images of it; repeatable")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would do, write nothing")
 
 
 if __name__ == "__main__":

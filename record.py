@@ -7,13 +7,14 @@ import csv
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from config import Dataset
+from files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,20 @@ def read_table(path: str | Path) -> dict[str, dict[str, str]]:
                 raise ValueError(f"{path}: line {reader.line_num}: '{row['image_id']}' comes twice")
             rows[row["image_id"]] = row
     return rows
+
+
+def write_table(path: str | Path, rows: Mapping[str, Mapping[str, str]]) -> None:
+    """Write a CSV that describes images; undoes `read_table`.
+
+    Columns that only some rows have are kept, and come behind the known ones where the first row does not have them.
+    A link stays a link: what it points to is written.
+    """
+    columns = dict.fromkeys([column for row in rows.values() for column in row] or ["image_id"])
+    columns |= dict.fromkeys(CSV_COLUMNS)
+    with replacing(Path(path).resolve()) as stage, stage.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
 
 
 def describe_records(records: Sequence[Record], table: dict[str, dict[str, str]]) -> list[Record]:

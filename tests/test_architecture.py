@@ -14,8 +14,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
         "tile", "annotation", "synthetic", "footprint", "helper", "view",
+        "outline", "likeness", "download",
     ),
-    ("dataset", "plot", "score"),
+    ("dataset", "plot", "score", "collect", "audit", "survey"),
     ("model", "tuning"),
     ("predict", "trainer", "report"),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),
@@ -33,6 +34,10 @@ WITHOUT_TORCH = (
     "postprocess",
     "tile",
     "annotation",
+    "outline",
+    "likeness",
+    "collect",
+    "audit",
 )
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
 every_room = pytest.mark.parametrize("room", ROOMS)

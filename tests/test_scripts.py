@@ -471,3 +471,28 @@ def test_without_a_connection_nothing_is_begun(data, tmp_path, monkeypatch, caps
     assert train.main(["--data", str(data), *options]) == 2
     assert "There are three choices" in capsys.readouterr().err
     assert not (tmp_path / "checkpoint").exists()
+
+
+# Preparation
+
+
+def test_add_and_remove_as_commands(tmp_path, capsys):
+    write_dataset(tmp_path / "new", 2, shape=(40, 48))
+    where = ["--data", str(tmp_path / "data")]
+    assert prepare.main(["add", str(tmp_path / "new"), "--source", "Lab", "--sub", "Dim", "--dry-run", *where]) == 0
+    assert "2 images would be added" in capsys.readouterr().out and not (tmp_path / "data").exists()
+    assert prepare.main([*where, "add", str(tmp_path / "new"), "--source", "Lab", "--sub", "Dim"]) == 0
+    assert "train: 2 images (Dim 2)" in capsys.readouterr().out
+    assert prepare.main(["remove", "--source", "Lab", *where]) == 0
+    assert "2 images moved to" in capsys.readouterr().out
+    assert prepare.main(["add", str(tmp_path / "data" / "removed" / "train"), *where]) == 0
+
+
+def test_add_says_what_it_wants(tmp_path, capsys):
+    write_dataset(tmp_path / "new", 1, shape=(40, 48))
+    assert prepare.main(["add", str(tmp_path / "new"), "--data", str(tmp_path / "data")]) == 2
+    assert "--source" in capsys.readouterr().err
+    assert prepare.main(["add", str(tmp_path / "nowhere"), "--source", "Lab"]) == 2
+    write_dataset(tmp_path / "blank", 1, shape=(40, 48), masks=False)
+    assert prepare.main(["add", str(tmp_path / "blank"), "--source", "Lab", "--data", str(tmp_path / "data")]) == 3
+    assert "refused: " in capsys.readouterr().err
