@@ -69,7 +69,7 @@ def near_pairs(
     hashes: Sequence[NDArray[np.bool_]],
     thumbnails: Sequence[NDArray[np.float32]],
     max_bits: int = 10,
-    min_correlation: float = 0.95,
+    min_correlation: float = 0.9,
 ) -> list[tuple[int, int, float]]:
     """Pairs of pictures that look alike.
 

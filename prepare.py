@@ -5,6 +5,8 @@
     python prepare.py add DIR --source TCGA              check images, copy them into data/train, book them
     python prepare.py add DIR --source TCGA --dry-run    say what it would do
     python prepare.py remove --source TCGA               move them to data/removed
+    python prepare.py verify                             what is wrong with images and masks; data/verify.csv
+    python prepare.py verify --csv labels.csv --blacklist data/blacklist.txt
 
 DIR is in the Kaggle layout, or images with label maps, or images with outlines: <id>.xml (Aperio ImageScope),
 <id>.geojson (QuPath) or one COCO .json for all.
@@ -18,10 +20,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from annotation import read_csv
+from audit import BANNED, PROBLEMS, UNUSABLE, audit, extend_blacklist, write_report
 from collect import SIDES, Outcome, add_images, find_sources, records_in, remove_images, sides_of
 from config import Config, add_arguments
 from helper import make_parser, run_script
-from record import CSV_COLUMNS, describe_records, format_counts, read_table
+from record import CSV_COLUMNS, describe_records, format_counts, load_split, read_table
 from synthetic import write_dataset
 
 
@@ -82,6 +86,26 @@ def remove(config: Config, args: argparse.Namespace) -> int:
     return finish(config, args, outcome, table, "removed")
 
 
+def verify(config: Config, args: argparse.Namespace) -> int:
+    """Check masks against images and against a run-length CSV, and look for images alike across train and valid."""
+    train, valid = load_split(args.data, config.dataset)
+    result = audit({"train": train, "valid": valid}, config.pre.policy, read_csv(args.csv) if args.csv else None)
+    print(f"{result.n_images} images ({len(train)} train, {len(valid)} valid), {result.n_masks} nuclei")
+    for problem, (n, n_images) in result.summary().items():
+        print(f"{problem:<20}{n:>6} in {n_images:>4} images    {PROBLEMS[problem]}")
+    if not result.findings:
+        print("nothing wrong was found")
+    report = args.report or args.data / "verify.csv"
+    if not args.dry_run:
+        write_report(report, result.findings)
+        print(f"{report}: {len(result.findings)} rows")
+    if args.blacklist:
+        ids = result.ids(args.ban or BANNED)
+        n = len(ids) if args.dry_run else extend_blacklist(args.blacklist, ids)
+        print(f"{args.blacklist}: {n} ids {'would be ' if args.dry_run else ''}added")
+    return 3 if result.ids(UNUSABLE) else 0
+
+
 def finish(config: Config, args: argparse.Namespace, outcome: Outcome, table: Path, verb: str) -> int:
     """Say what became of the table and of the data set, and what was refused."""
     print(f"{table}: {outcome.n_rows} rows {'would be ' if args.dry_run else ''}{verb}")
@@ -96,7 +120,12 @@ def finish(config: Config, args: argparse.Namespace, outcome: Outcome, table: Pa
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    for function, options in (demo, demo_options), (add, add_options), (remove, remove_options):
+    for function, options in (
+        (demo, demo_options),
+        (add, add_options),
+        (remove, remove_options),
+        (verify, verify_options),
+    ):
         task = tasks.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
         add_arguments(task)
         for action in task._actions:  # what stands before the task counts as well
@@ -127,6 +156,22 @@ def remove_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ids", nargs="*", metavar="ID", help="images")
     parser.add_argument("--source", action="append", default=[], metavar="NAME", help="all images of it; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="say what it would do, write nothing")
+
+
+def verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="run-length table to compare with")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="where every finding goes (default: verify.csv in data)"
+    )
+    parser.add_argument("--blacklist", type=Path, metavar="FILE", help="add the ids of bad images to this list")
+    parser.add_argument(
+        "--ban",
+        action="append",
+        choices=PROBLEMS,
+        metavar="PROBLEM",
+        help=f"what makes an image bad; repeatable (default: {', '.join(BANNED)}; there are: {', '.join(PROBLEMS)})",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
 
 
 if __name__ == "__main__":

@@ -496,3 +496,15 @@ def test_add_says_what_it_wants(tmp_path, capsys):
     write_dataset(tmp_path / "blank", 1, shape=(40, 48), masks=False)
     assert prepare.main(["add", str(tmp_path / "blank"), "--source", "Lab", "--data", str(tmp_path / "data")]) == 3
     assert "refused: " in capsys.readouterr().err
+
+
+def test_verify_reports_and_bans(tmp_path, capsys):
+    write_dataset(tmp_path / "train", 4, shape=(48, 48))
+    where = ["--data", str(tmp_path), "--set", "dataset.cv_ratio=0", "--blacklist", str(tmp_path / "black.txt")]
+    assert prepare.main(["verify", *where]) == 0
+    assert "nothing wrong" in capsys.readouterr().out and (tmp_path / "verify.csv").read_text().count("\n") == 1
+    image = sorted(tmp_path.glob("train/*/images/*.png"))[0]
+    image.write_bytes(b"broken")
+    assert prepare.main(["verify", *where, "--dry-run"]) == 3 and not (tmp_path / "black.txt").exists()
+    assert prepare.main(["verify", *where]) == 3
+    assert (tmp_path / "black.txt").read_text() == f"{image.stem}\n"
