@@ -2,11 +2,14 @@
 
     python prepare.py demo                               draw a small data set into data/demo
     python prepare.py demo --images 40 --seed 7
+    python prepare.py download                           fetch the public set, unpack it into data/stage1_train
     python prepare.py add DIR --source TCGA              check images, copy them into data/train, book them
     python prepare.py add DIR --source TCGA --dry-run    say what it would do
     python prepare.py remove --source TCGA               move them to data/removed
     python prepare.py verify                             what is wrong with images and masks; data/verify.csv
     python prepare.py verify --csv labels.csv --blacklist data/blacklist.txt
+    python prepare.py stats                              intensities, sizes, nuclei by kind; data/stats.png
+    python prepare.py stats --write-config config.ini    and put mean and std into [pre] of that file
 
 DIR is in the Kaggle layout, or images with label maps, or images with outlines: <id>.xml (Aperio ImageScope),
 <id>.geojson (QuPath) or one COCO .json for all.
@@ -23,9 +26,14 @@ from pathlib import Path
 from annotation import read_csv
 from audit import BANNED, PROBLEMS, UNUSABLE, audit, extend_blacklist, write_report
 from collect import SIDES, Outcome, add_images, find_sources, records_in, remove_images, sides_of
-from config import Config, add_arguments
+from config import Config, add_arguments, edit_ini, load_config
+from dataset import open_cache
+from download import fetch, file_name, unpack
+from files import replacing
 from helper import make_parser, run_script
-from record import CSV_COLUMNS, describe_records, format_counts, load_split, read_table
+from plot import histograms, save
+from record import CSV_COLUMNS, describe_records, find_records, format_counts, load_split, read_table
+from survey import COLUMNS, alpha_lines, channel_statistics, series, survey, table
 from synthetic import write_dataset
 
 
@@ -43,6 +51,26 @@ def demo(config: Config, args: argparse.Namespace) -> int:
         there = set(os.listdir(folder / name)) if (folder / name).is_dir() else set()
         kept = len(there.intersection(write_dataset(folder / name, n, seed, masks=masks)))
         print(f"{folder / name}: {n} images" + (f", {kept} of them there already and kept as they are" if kept else ""))
+    return 0
+
+
+def download(config: Config, args: argparse.Namespace) -> int:
+    """Fetch the zip that [download] names, go on where an earlier call was cut off, check and unpack it."""
+    options = config.download
+    path = args.data / file_name(options.url)
+    target = args.data / path.stem
+    if args.dry_run:
+        print(f"{path}: {'is there' if path.is_file() else f'would be fetched from {options.url}'}")
+        print(f"{target}: {'is there' if target.is_dir() else 'would be unpacked'}")
+        return 0
+    path, digest, fresh = fetch(options, args.data)
+    print(f"{path}: {path.stat().st_size} bytes, SHA-256 {digest}{'' if fresh else ', was there already'}")
+    if target.is_dir() and any(target.iterdir()):
+        print(f"{target}: is there already, kept as it is")
+    else:
+        n_files, n_bytes = unpack(path, target, options)
+        print(f"{target}: {n_files} files unpacked, {n_bytes / 1e6:.0f} MB")
+    print(f"{target}: {len(find_records(target))} images; divide them by: python split.py {target}")
     return 0
 
 
@@ -106,6 +134,38 @@ def verify(config: Config, args: argparse.Namespace) -> int:
     return 3 if result.ids(UNUSABLE) else 0
 
 
+def stats(config: Config, args: argparse.Namespace) -> int:
+    """Describe the data set: channels, opacity, sizes and nuclei, by kind."""
+    train, valid = load_split(args.data, config.dataset)
+    result = survey([*train, *valid], open_cache(config, args.data))
+    rows = [COLUMNS, *table(result)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(alpha_lines(result.measures)))
+    mean, std = ([round(float(value), 4) for value in values] for values in channel_statistics(result.measures))
+    print(f"[pre] mean = {mean}\n[pre] std = {std}")
+    if not args.dry_run:
+        figure = args.figure or args.data / "stats.png"
+        save(histograms(series(result)), figure)
+        print(f"{figure}: histograms")
+    if args.write_config:
+        store(args.write_config, {"mean": f"{mean}", "std": f"{std}"}, args.dry_run)
+    for line in result.refused:
+        print(f"refused: {line}", file=sys.stderr)
+    return 3 if result.refused else 0
+
+
+def store(path: Path, values: dict[str, str], dry_run: bool) -> None:
+    """Put values into [pre] of an INI file; the rest of it stays as it is."""
+    text = edit_ini(path.read_text(encoding="utf-8-sig") if path.is_file() else "", "pre", values)
+    if not dry_run:
+        with replacing(path) as stage:
+            stage.write_text(text, encoding="utf-8")
+            load_config(stage)  # whatever is wrong with the new text leaves the old file
+    print(f"{path}: mean and std {'would be ' if dry_run else ''}written")
+
+
 def finish(config: Config, args: argparse.Namespace, outcome: Outcome, table: Path, verb: str) -> int:
     """Say what became of the table and of the data set, and what was refused."""
     print(f"{table}: {outcome.n_rows} rows {'would be ' if args.dry_run else ''}{verb}")
@@ -122,9 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for function, options in (
         (demo, demo_options),
+        (download, download_options),
         (add, add_options),
         (remove, remove_options),
         (verify, verify_options),
+        (stats, stats_options),
     ):
         task = tasks.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
         add_arguments(task)
@@ -138,6 +200,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=40, metavar="N", help="images to draw (default: 40)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other images")
+
+
+def download_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="say what it would do, fetch nothing")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -172,6 +238,16 @@ def verify_options(parser: argparse.ArgumentParser) -> None:
         help=f"what makes an image bad; repeatable (default: {', '.join(BANNED)}; there are: {', '.join(PROBLEMS)})",
     )
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
+
+
+def stats_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="histograms (default: stats.png in the data folder)"
+    )
+    parser.add_argument(
+        "--write-config", type=Path, metavar="FILE", help="put mean and std into [pre] of this INI file"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write no figure and no settings")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from config import CHECKPOINT_KEYS, DEFAULT_FILE, SECTIONS, Config, add_arguments, load_config, pick
+from config import CHECKPOINT_KEYS, DEFAULT_FILE, SECTIONS, Config, add_arguments, edit_ini, load_config, pick
 
 #: Settings of old files, with a value other than the default and what becomes of it.
 OLD_KEYS = {
@@ -384,3 +384,18 @@ def test_an_old_checkpoint_may_lack_keys(load):
     config = load().inherit({"param": {"threshold": 0.7}}, keys=("param.threshold", "param.threshold_edge", "pre.flip"))
     assert config.param.threshold == 0.7
     assert config.model_dump(exclude={"param"}) == load().model_dump(exclude={"param"})
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", "[pre]\nmean = 1\n"),
+        ("[train]\nn_epoch = 3\n", "[train]\nn_epoch = 3\n\n[pre]\nmean = 1\n"),
+        ("[pre]\n; mean = 7\nmean = 2 ; y\n[post]\nmean = 5\n", "[pre]\n; mean = 7\nmean = 1 ; y\n[post]\nmean = 5\n"),
+        ("[pre]\nflip = True\n\n[post]\n", "[pre]\nflip = True\nmean = 1\n\n[post]\n"),
+        ("[pre]\nMean: [0.5,\n  0.5,\n  0.5]\n; kept\n", "[pre]\nmean = 1\n; kept\n"),
+    ],
+)  # fmt: skip
+def test_edit_ini_changes_one_value_and_no_other_line(text, wanted):
+    assert edit_ini(text, "pre", {"mean": "1"}) == wanted
+    assert edit_ini(wanted, "pre", {"mean": "1"}) == wanted
