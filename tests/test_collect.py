@@ -187,6 +187,26 @@ def test_remove_undoes_add_and_loses_nothing(new, data):
     assert remove_images(data, data / "dataset.csv", outcome.done[:1]).folder == data / "removed-2"
 
 
+def test_a_removal_that_was_cut_off_is_finished_by_the_next(new, data, monkeypatch):
+    add(new, data)
+    rename, calls = Path.rename, []
+
+    def stop(path, target):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        remove_images(data, data / "dataset.csv", sources=["Lab"])
+    monkeypatch.undo()
+    outcome = remove_images(data, data / "dataset.csv", sources=["Lab"])
+    assert len(outcome.done) == 2 and outcome.n_rows == 3
+    assert len(list(data.glob("removed*/train/*/images/*.png"))) == 3
+    assert list(read_table(data / "dataset.csv")) == ["old_fluorescence_0000"]
+
+
 def test_remove_names_what_is_not_there(new, data):
     add(new, data)
     first = find_records(new)[0].id
