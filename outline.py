@@ -18,6 +18,7 @@ import defusedxml
 import numpy as np
 from defusedxml import ElementTree
 from numpy.typing import NDArray
+from scipy import ndimage
 from skimage.draw import polygon
 
 from labels import compose, relabel
@@ -160,7 +161,14 @@ def read_outlines(path: str | Path) -> dict[str, Annotation]:
 def _fill_ring(ring: Ring, shape: tuple[int, int]) -> NDArray[np.intp]:
     x, y = ring.T - 0.5  # from corners to middles of pixels
     rows, columns = polygon(y, x, shape)
-    return np.ravel_multi_index((rows, columns), shape)
+    if not rows.size:
+        return np.empty(0, np.intp)
+    # Where a hand drew on past its beginning the ring crosses itself, and a scan by parity leaves specks open.
+    top, left = rows.min(), columns.min()
+    box = np.zeros((np.ptp(rows) + 1, np.ptp(columns) + 1), bool)
+    box[rows - top, columns - left] = True
+    rows, columns = np.nonzero(ndimage.binary_fill_holes(box))
+    return np.ravel_multi_index((rows + top, columns + left), shape)
 
 
 def _ring(points: Iterable[Sequence[Any]]) -> Ring:

@@ -68,6 +68,15 @@ def test_the_smaller_wins_where_two_overlap_whatever_their_order():
         assert len(np.unique(labels[square()])) == 1 and (labels > 0).sum() == 63 and labels.max() == 2
 
 
+def test_a_ring_that_crosses_itself_has_no_hole():
+    outer, inner = (
+        [(low, low), (high, low), (high, high), (low, high), (low, low)] for low, high in ((2, 30), (9, 20))
+    )
+    ring = np.array([*outer, *inner], float)
+    labels, refused = draw([Outline("loop", ((ring,),))], (40, 40))
+    assert labels.sum() == 28 * 28 and not refused
+
+
 def test_what_lies_beyond_the_image_is_cut_off_and_what_lies_outside_is_named():
     ring = np.array([(-5, -5), (3, -5), (3, 2), (-5, 2)], float)
     labels, refused = draw([Outline("in", ((ring,),)), Outline("out", ((ring - 50,),))], SHAPE)
