@@ -11,6 +11,7 @@ import argparse
 import configparser
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,6 +40,8 @@ CHECKPOINT_KEYS = (
 )  # fmt: skip
 
 T = TypeVar("T")
+#: How intensities are read, as `image.read_image` takes it: channels, percentiles, stretch, colour space, stain.
+Policy = tuple[tuple[int, ...], tuple[float, float], bool, str, str]
 
 
 def _split_list(value: Any) -> Any:
@@ -238,7 +241,7 @@ class Pre(Section):
     min_object_size: int = Field(0, ge=0)
 
     @property
-    def policy(self) -> tuple[tuple[int, ...], tuple[float, float], bool, str, str]:
+    def policy(self) -> Policy:
         """How images are read: channels, percentiles, stretch, colours, as `image.read_image` takes them."""
         percentiles = self.percentile_low, self.percentile_high
         return self.channels, percentiles, self.stretch, self.color_space, self.stain_normalize
@@ -313,6 +316,14 @@ class Dataset(Section):
         return self
 
 
+class Download(Section):
+    url: str = "https://data.broadinstitute.org/bbbc/BBBC038/stage1_train.zip"
+    sha256: str = Field("", pattern="^([0-9a-fA-F]{64})?$")
+    max_files: int = Field(200_000, ge=1)
+    max_gigabytes: float = Field(20.0, gt=0)
+    max_ratio: float = Field(200.0, gt=1)
+
+
 class Config(Section):
     """All settings of a run.
 
@@ -333,6 +344,7 @@ class Config(Section):
     pre: Pre = Pre()
     post: Post = Post()
     dataset: Dataset = Dataset()
+    download: Download = Download()
     widths: Mapping[str, int] = {}
     user_set: frozenset[str] = frozenset()
 
@@ -464,6 +476,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-dir", metavar="DIR", type=Path, default=Path("checkpoint"), help="default: checkpoint"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def edit_ini(text: str, section: str, values: Mapping[str, str]) -> str:
+    """Set keys of one section in the text of an INI file and leave every other line, comments too, as it is.
+
+    A key that is there gets the new value where it stands, others come at the end of the section, and a section that
+    is missing at the end of the file.
+    """
+    lines = text.splitlines()
+    heads = [i for i, line in enumerate(lines) if re.match(r"\[.+\]", line)] + [len(lines)]
+    begin = next((i for i in heads[:-1] if lines[i].startswith(f"[{section}]")), None)
+    if begin is None:
+        lines += [*([""] if lines else []), f"[{section}]"]
+        begin, end = len(lines) - 1, len(lines)
+    else:
+        end = next(i for i in heads if i > begin)
+    body = lines[begin + 1 : end]
+    for key, value in values.items():
+        place = next((i for i, line in enumerate(body) if re.match(rf"{re.escape(key)}\s*[=:]", line, re.I)), None)
+        if place is None:
+            place = max((i + 1 for i, line in enumerate(body) if line.strip()), default=0)
+            body.insert(place, f"{key} = {value}")
+            continue
+        comment = re.search(r"\s;.*$", body[place])
+        body[place] = f"{key} = {value}" + (comment.group() if comment else "")
+        while place + 1 < len(body) and re.match(r"\s+[^\s;#]", body[place + 1]):  # an old value of several lines
+            del body[place + 1]
+    return "\n".join([*lines[: begin + 1], *body, *lines[end:]]) + "\n"
 
 
 def _read_ini(path: Path) -> dict[tuple[str, str], tuple[str, str]]:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from files import replacing
-from labels import relabel
+from labels import compose, relabel
 from stain import see
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def read_labels(masks: Path | Sequence[Path], shape: tuple[int, int] | None = No
         raise ImageError("no masks and no image shape: how large is the label map?")
     pixels = []
     for path in sorted(masks):
-        mask = _read_mask(path)
+        mask = read_mask(path)
         shape = shape or mask.shape
         _check_shape(path, mask.shape, shape)
         inside = np.flatnonzero(mask)
@@ -176,12 +176,23 @@ def read_labels(masks: Path | Sequence[Path], shape: tuple[int, int] | None = No
         else:
             logger.warning("%s: empty mask, skipped", path)
     assert shape is not None
-    labels = np.zeros(shape, np.int32)
-    # Painted from the largest to the smallest; a stable sort from the end lets the first of equals be painted last.
-    order = sorted(range(len(pixels)), key=lambda i: (pixels[i].size, i), reverse=True)
-    for i in order:
-        labels.ravel()[pixels[i]] = i + 1
-    return relabel(labels)
+    return relabel(compose(pixels, shape))
+
+
+def read_mask(path: Path) -> NDArray[np.bool_]:
+    """Read the mask of one nucleus, (H, W) bool: where the file exceeds half of its maximum.
+
+    Raises
+    ------
+    ImageError
+        Unreadable or empty file.
+    """
+    array, alpha = _decode(path)
+    if array.ndim == 3:
+        array = array[..., :-1].max(axis=-1) if alpha else array.max(axis=-1)
+    top = array.max(initial=0)
+    # Of whole numbers the half is rounded down, which changes nothing, rather than all of them turned to float.
+    return array > (top / 2 if array.dtype.kind == "f" else top // 2)
 
 
 @dataclass(frozen=True)
@@ -339,15 +350,6 @@ def _to_uint8(array: NDArray, percentiles: tuple[float, float], stretch: bool, p
         reach = max(high - low, STRETCH_FLOOR if narrow else 1e-12)
         array = np.rint(np.clip((array - low) * (255.0 / reach), 0, 255)).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
-
-
-def _read_mask(path: Path) -> NDArray[np.bool_]:
-    array, alpha = _decode(path)
-    if array.ndim == 3:
-        array = array[..., :-1].max(axis=-1) if alpha else array.max(axis=-1)
-    top = array.max(initial=0)
-    # Of whole numbers the half is rounded down, which changes nothing, rather than all of them turned to float.
-    return array > (top / 2 if array.dtype.kind == "f" else top // 2)
 
 
 def _read_label_map(path: Path, shape: tuple[int, int] | None) -> NDArray[np.int32]:

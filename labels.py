@@ -6,6 +6,7 @@ they say otherwise, leave the ids of the nuclei they keep as they were; `relabel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -41,6 +42,29 @@ def relabel(labels: Labels) -> NDArray[np.int32]:
     present = np.bincount(labels.ravel(), minlength=1) > 0
     present[0] = False
     return np.take(np.cumsum(present, dtype=np.int32), labels)
+
+
+def compose(pixels: Sequence[NDArray[np.integer[Any]]], shape: tuple[int, int]) -> NDArray[np.int32]:
+    """Draw nuclei that may overlap into one map: a pixel goes to the smallest of those that claim it.
+
+    A nucleus that lies on a larger one survives in this way. Of equally large ones the first wins.
+
+    Parameters
+    ----------
+    pixels
+        For each nucleus the indices of its pixels in the flattened image; none at all is allowed.
+    shape
+        (height, width) of the image.
+
+    Returns
+    -------
+    (H, W) int32: the i-th nucleus, counted from 1, holds i, unless others hide all of it.
+    """
+    labels = np.zeros(shape, np.int32)
+    # Painted from the largest to the smallest; a stable sort from the end lets the first of equals be painted last.
+    for i in sorted(range(len(pixels)), key=lambda i: (pixels[i].size, i), reverse=True):
+        labels.ravel()[pixels[i]] = i + 1
+    return labels
 
 
 def areas(labels: Labels) -> NDArray[np.int64]:

@@ -199,6 +199,41 @@ def side_by_side(panels: Mapping[str, NDArray[Any]], title: str | None = None, c
     return figure
 
 
+def histograms(panels: Mapping[str, Mapping[str, NDArray[Any]]], title: str | None = None, bins: int = 40) -> Figure:
+    """Draw a panel of histograms for each entry, a line a group.
+
+    Each line is of the share of its own group, so that a rare kind is seen beside a frequent one. The axis is
+    logarithmic where values span more than a factor of 20.
+
+    Parameters
+    ----------
+    panels
+        Title -> group -> values, at least one a group.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for groups in panels.values() for name in groups))
+    colors = dict(zip(names, palette(max(len(names), 1)) / 255, strict=False))
+    columns = 2 if len(panels) > 1 else 1
+    rows = -(-len(panels) // columns)
+    figure = Figure((columns * 1.6 * PANEL, rows * PANEL), DPI, layout="constrained")
+    for ax, (name, groups) in zip(figure.subplots(rows, columns, squeeze=False).ravel(), panels.items(), strict=False):
+        values = np.concatenate([np.empty(0), *groups.values()])
+        low, high = (values.min(), values.max()) if values.size else (0, 1)
+        wide = low > 0 and high > 20 * low
+        edges = np.geomspace(low, high, bins + 1) if wide else np.linspace(low, high + (low == high), bins + 1)
+        for group, found in groups.items():
+            share = np.histogram(found, edges)[0] / len(found)
+            ax.stairs(share, edges, color=colors[group], label=f"{group} ({len(found)})")
+        ax.set_xscale("log" if wide else "linear")
+        ax.set_title(name, fontsize=10)
+        if groups:
+            ax.legend(fontsize=7)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
 def show(figure: Figure, position: tuple[int, int] | None = None) -> bool:
     """Show a figure in the notebook cell or in a window; a window holds the program until it is closed.
 

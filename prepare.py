@@ -1,7 +1,18 @@
 """Prepare data.
 
-python prepare.py demo                           draw a small data set into data/demo
-python prepare.py demo --images 40 --seed 7
+    python prepare.py demo                               draw a small data set into data/demo
+    python prepare.py demo --images 40 --seed 7
+    python prepare.py download                           fetch the public set, unpack it into data/stage1_train
+    python prepare.py add DIR --source TCGA              check images, copy them into data/train, book them
+    python prepare.py add DIR --source TCGA --dry-run    say what it would do
+    python prepare.py remove --source TCGA               move them to data/removed
+    python prepare.py verify                             what is wrong with images and masks; data/verify.csv
+    python prepare.py verify --csv labels.csv --blacklist data/blacklist.txt
+    python prepare.py stats                              intensities, sizes, nuclei by kind; data/stats.png
+    python prepare.py stats --write-config config.ini    and put mean and std into [pre] of that file
+
+DIR is in the Kaggle layout, or images with label maps, or images with outlines: <id>.xml (Aperio ImageScope),
+<id>.geojson (QuPath) or one COCO .json for all.
 """
 
 from __future__ import annotations
@@ -10,9 +21,19 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from config import Config
+from annotation import read_csv
+from audit import BANNED, PROBLEMS, UNUSABLE, audit, extend_blacklist, write_report
+from collect import SIDES, Outcome, add_images, find_sources, records_in, remove_images, sides_of
+from config import Config, add_arguments, edit_ini, load_config
+from dataset import open_cache
+from download import fetch, file_name, unpack
+from files import replacing
 from helper import make_parser, run_script
+from plot import histograms, save
+from record import CSV_COLUMNS, describe_records, find_records, format_counts, load_split, read_table
+from survey import COLUMNS, alpha_lines, channel_statistics, series, survey, table
 from synthetic import write_dataset
 
 
@@ -33,12 +54,200 @@ def demo(config: Config, args: argparse.Namespace) -> int:
     return 0
 
 
+def download(config: Config, args: argparse.Namespace) -> int:
+    """Fetch the zip that [download] names, go on where an earlier call was cut off, check and unpack it."""
+    options = config.download
+    path = args.data / file_name(options.url)
+    target = args.data / path.stem
+    if args.dry_run:
+        print(f"{path}: {'is there' if path.is_file() else f'would be fetched from {options.url}'}")
+        print(f"{target}: {'is there' if target.is_dir() else 'would be unpacked'}")
+        return 0
+    path, digest, fresh = fetch(options, args.data)
+    print(f"{path}: {path.stat().st_size} bytes, SHA-256 {digest}{'' if fresh else ', was there already'}")
+    if target.is_dir() and any(target.iterdir()):
+        print(f"{target}: is there already, kept as it is")
+    else:
+        n_files, n_bytes = unpack(path, target, options)
+        print(f"{target}: {n_files} files unpacked, {n_bytes / 1e6:.0f} MB")
+    print(f"{target}: {len(find_records(target))} images; divide them by: python split.py {target}")
+    return 0
+
+
+def add(config: Config, args: argparse.Namespace) -> int:
+    """Copy labelled images into the data set, book them in its CSV; what is there already, by content, is skipped."""
+    sources = find_sources(args.folder, args.outlines)
+    own = args.folder / "dataset.csv"
+    if args.source is None and not own.is_file():
+        raise ValueError(f"--source: wanted a name for where these images come from, as {own} does not say")
+    known = read_table(own) if own.is_file() else {}
+    given = (args.source, args.major, args.sub, args.patient)
+    chosen = {column: value for column, value in zip(CSV_COLUMNS, given, strict=True) if value is not None}
+    rows = {record.id: {**known.get(record.id, {}), **chosen} for record, _ in sources}
+    table = config.dataset.csv_file or args.data / "dataset.csv"
+    outcome = add_images(
+        sources,
+        args.data,
+        table,
+        rows,
+        side=args.to,
+        prefix=args.prefix,
+        policy=config.pre.policy,
+        dry_run=args.dry_run,
+    )
+    would = "would be " if args.dry_run else ""
+    n_outlines = sum(len(found.outlines) + len(found.refused) for _, found in sources if found)
+    print(f"{args.folder}: {len(sources)} images" + (f", {n_outlines} outlines" if n_outlines else ""))
+    print(f"{outcome.folder}: {len(outcome.done)} images {would}added, with {outcome.n_nuclei} nuclei")
+    if outcome.present:
+        print(f"{len(outcome.present)} are there already, skipped: {', '.join(outcome.present[:3])}, ..."[:200])
+    return finish(config, args, outcome, table, "booked")
+
+
+def remove(config: Config, args: argparse.Namespace) -> int:
+    """Move images out of the data set, with their rows; adding the folder they go to brings them back."""
+    if not args.ids and not args.source:
+        raise ValueError("remove: wanted --source NAME, or ids of images")
+    table = config.dataset.csv_file or args.data / "dataset.csv"
+    outcome = remove_images(args.data, table, args.ids, args.source, dry_run=args.dry_run)
+    print(f"{len(outcome.done)} images {'would be ' if args.dry_run else ''}moved to {outcome.folder}")
+    return finish(config, args, outcome, table, "removed")
+
+
+def verify(config: Config, args: argparse.Namespace) -> int:
+    """Check masks against images and against a run-length CSV, and look for images alike across train and valid."""
+    train, valid = load_split(args.data, config.dataset)
+    result = audit({"train": train, "valid": valid}, config.pre.policy, read_csv(args.csv) if args.csv else None)
+    print(f"{result.n_images} images ({len(train)} train, {len(valid)} valid), {result.n_masks} nuclei")
+    for problem, (n, n_images) in result.summary().items():
+        print(f"{problem:<20}{n:>6} in {n_images:>4} images    {PROBLEMS[problem]}")
+    if not result.findings:
+        print("nothing wrong was found")
+    report = args.report or args.data / "verify.csv"
+    if not args.dry_run:
+        write_report(report, result.findings)
+        print(f"{report}: {len(result.findings)} rows")
+    if args.blacklist:
+        ids = result.ids(args.ban or BANNED)
+        n = len(ids) if args.dry_run else extend_blacklist(args.blacklist, ids)
+        print(f"{args.blacklist}: {n} ids {'would be ' if args.dry_run else ''}added")
+    return 3 if result.ids(UNUSABLE) else 0
+
+
+def stats(config: Config, args: argparse.Namespace) -> int:
+    """Describe the data set: channels, opacity, sizes and nuclei, by kind."""
+    train, valid = load_split(args.data, config.dataset)
+    result = survey([*train, *valid], open_cache(config, args.data))
+    rows = [COLUMNS, *table(result)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(alpha_lines(result.measures)))
+    mean, std = ([round(float(value), 4) for value in values] for values in channel_statistics(result.measures))
+    print(f"[pre] mean = {mean}\n[pre] std = {std}")
+    if not args.dry_run:
+        figure = args.figure or args.data / "stats.png"
+        save(histograms(series(result)), figure)
+        print(f"{figure}: histograms")
+    if args.write_config:
+        store(args.write_config, {"mean": f"{mean}", "std": f"{std}"}, args.dry_run)
+    for line in result.refused:
+        print(f"refused: {line}", file=sys.stderr)
+    return 3 if result.refused else 0
+
+
+def store(path: Path, values: dict[str, str], dry_run: bool) -> None:
+    """Put values into [pre] of an INI file; the rest of it stays as it is."""
+    text = edit_ini(path.read_text(encoding="utf-8-sig") if path.is_file() else "", "pre", values)
+    if not dry_run:
+        with replacing(path) as stage:
+            stage.write_text(text, encoding="utf-8")
+            load_config(stage)  # whatever is wrong with the new text leaves the old file
+    print(f"{path}: mean and std {'would be ' if dry_run else ''}written")
+
+
+def finish(config: Config, args: argparse.Namespace, outcome: Outcome, table: Path, verb: str) -> int:
+    """Say what became of the table and of the data set, and what was refused."""
+    print(f"{table}: {outcome.n_rows} rows {'would be ' if args.dry_run else ''}{verb}")
+    for side, folder in sides_of(args.data).items():
+        records = describe_records(records_in(folder), read_table(table) if table.is_file() else {})
+        print(f"{side}: {len(records)} images" + (f" ({format_counts(records)})" if records else ""))
+    for line in outcome.refused:
+        print(f"refused: {line}", file=sys.stderr)
+    return 3 if outcome.refused else 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("task", choices=("demo",))
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for function, options in (
+        (demo, demo_options),
+        (download, download_options),
+        (add, add_options),
+        (remove, remove_options),
+        (verify, verify_options),
+        (stats, stats_options),
+    ):
+        task = tasks.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        add_arguments(task)
+        for action in task._actions:  # what stands before the task counts as well
+            action.default = argparse.SUPPRESS
+        options(task)
+        task.set_defaults(run=function)
+    return run_script(lambda config, args: args.run(config, args), parser, argv)
+
+
+def demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=40, metavar="N", help="images to draw (default: 40)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other images")
-    return run_script(demo, parser, argv)
+
+
+def download_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="say what it would do, fetch nothing")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="labelled images")
+    parser.add_argument("--source", metavar="NAME", help="where they come from; needed where DIR has no dataset.csv")
+    parser.add_argument("--major", metavar="NAME", help="their major_category")
+    parser.add_argument("--sub", metavar="NAME", help="their sub_category")
+    parser.add_argument("--patient", metavar="NAME", help="specimen, if all are of one; else each is one of its own")
+    parser.add_argument("--outlines", type=Path, metavar="DIR", help="where the outlines are, if not beside the images")
+    parser.add_argument("--to", choices=SIDES, default="train", help="side of the data set (default: train)")
+    parser.add_argument("--prefix", default="", metavar="TEXT", help="stands before each id")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would do, write nothing")
+
+
+def remove_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ids", nargs="*", metavar="ID", help="images")
+    parser.add_argument("--source", action="append", default=[], metavar="NAME", help="all images of it; repeatable")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would do, write nothing")
+
+
+def verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="run-length table to compare with")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="where every finding goes (default: verify.csv in data)"
+    )
+    parser.add_argument("--blacklist", type=Path, metavar="FILE", help="add the ids of bad images to this list")
+    parser.add_argument(
+        "--ban",
+        action="append",
+        choices=PROBLEMS,
+        metavar="PROBLEM",
+        help=f"what makes an image bad; repeatable (default: {', '.join(BANNED)}; there are: {', '.join(PROBLEMS)})",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+
+
+def stats_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="histograms (default: stats.png in the data folder)"
+    )
+    parser.add_argument(
+        "--write-config", type=Path, metavar="FILE", help="put mean and std into [pre] of this INI file"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="write no figure and no settings")
 
 
 if __name__ == "__main__":

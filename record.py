@@ -133,6 +133,25 @@ def read_table(path: str | Path) -> dict[str, dict[str, str]]:
     return rows
 
 
+def write_table(path: str | Path, rows: Mapping[str, Mapping[str, str]]) -> None:
+    """Write a CSV that describes images; undoes `read_table`.
+
+    Columns that only some rows have are kept, and come behind the known ones where the first row does not have them.
+    A link stays a link: what it points to is written. Lines end as they ended before.
+    """
+    path = Path(path).resolve()
+    ending = "\n"
+    if path.is_file():
+        with path.open("rb") as old:
+            ending = "\r\n" if old.readline().endswith(b"\r\n") else "\n"
+    columns = dict.fromkeys([column for row in rows.values() for column in row] or ["image_id"])
+    columns |= dict.fromkeys(CSV_COLUMNS)
+    with replacing(path) as stage, stage.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), restval="", lineterminator=ending)
+        writer.writeheader()
+        writer.writerows(rows.values())
+
+
 def describe_records(records: Sequence[Record], table: dict[str, dict[str, str]]) -> list[Record]:
     """Add the columns of `table` to the records; a record without a row stays as it is."""
     described = []

@@ -14,8 +14,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
         "tile", "annotation", "synthetic", "footprint", "helper", "view",
+        "outline", "likeness", "download",
     ),
-    ("dataset", "link", "piece", "plot", "score", "stitching"),
+    ("dataset", "link", "piece", "plot", "score", "stitching", "collect", "audit", "survey"),
     ("model", "tuning"),
     ("predict", "trainer", "report"),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),
@@ -33,7 +34,11 @@ WITHOUT_TORCH = (
     "postprocess",
     "tile",
     "annotation",
+    "outline",
+    "likeness",
     "piece",
+    "collect",
+    "audit",
 )
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
 every_room = pytest.mark.parametrize("room", ROOMS)

@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from config import CHECKPOINT_KEYS, DEFAULT_FILE, SECTIONS, SPLIT_KEYS, Config, add_arguments, load_config, pick
+from config import (
+    CHECKPOINT_KEYS,
+    DEFAULT_FILE,
+    SECTIONS,
+    SPLIT_KEYS,
+    Config,
+    add_arguments,
+    edit_ini,
+    load_config,
+    pick,
+)
 
 #: Settings of old files, with a value other than the default and what becomes of it.
 OLD_KEYS = {
@@ -400,3 +410,18 @@ def test_a_checkpoint_keeps_all_that_decides_its_split():
     """A key that is forgotten here would let a resumed run train on its validation images."""
     wanted = {f"dataset.{key}" for key in SECTIONS["dataset"].model_fields} - {"dataset.on_bad", "dataset.cache_dir"}
     assert set(SPLIT_KEYS) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", "[pre]\nmean = 1\n"),
+        ("[train]\nn_epoch = 3\n", "[train]\nn_epoch = 3\n\n[pre]\nmean = 1\n"),
+        ("[pre]\n; mean = 7\nmean = 2 ; y\n[post]\nmean = 5\n", "[pre]\n; mean = 7\nmean = 1 ; y\n[post]\nmean = 5\n"),
+        ("[pre]\nflip = True\n\n[post]\n", "[pre]\nflip = True\nmean = 1\n\n[post]\n"),
+        ("[pre]\nMean: [0.5,\n  0.5,\n  0.5]\n; kept\n", "[pre]\nmean = 1\n; kept\n"),
+    ],
+)  # fmt: skip
+def test_edit_ini_changes_one_value_and_no_other_line(text, wanted):
+    assert edit_ini(text, "pre", {"mean": "1"}) == wanted
+    assert edit_ini(wanted, "pre", {"mean": "1"}) == wanted

@@ -18,7 +18,7 @@ import plot
 from footprint import Block, trace_blocks
 from labels import adjacency, boundaries
 from model import build_model
-from plot import colorize, compare, draw_network, heatmap, overlay, palette, save, show, side_by_side
+from plot import colorize, compare, draw_network, heatmap, histograms, overlay, palette, save, show, side_by_side
 from synthetic import draw_sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -368,3 +368,15 @@ def test_skips_are_paler_and_kinds_have_a_colour():
 def test_a_network_without_blocks_is_refused():
     with pytest.raises(ValueError, match="0 blocks"):
         draw_network([], [])
+
+
+def test_histograms_show_shares_of_each_group(tmp_path):
+    panels = {"wide": {"a": np.array([1.0, 10, 1000]), "b": np.array([5.0])}, "one value": {"a": np.array([2.0, 2])}}
+    figure = histograms(panels, title="all")
+    wide, narrow = figure.axes
+    assert (wide.get_xscale(), narrow.get_xscale()) == ("log", "linear")
+    for ax in (wide, narrow):
+        assert all(patch.get_data().values.sum() == pytest.approx(1) for patch in ax.patches)
+    assert [text.get_text() for text in wide.get_legend().get_texts()] == ["a (3)", "b (1)"]
+    save(figure, tmp_path / "h.png")
+    assert histograms({"nothing": {}}).axes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import zipfile
 from pathlib import Path
 
@@ -96,3 +97,53 @@ def test_perfect_maps_give_the_nuclei_back(label_maps, policy, marker):
         probs = {head: value[0] for head, value in make_targets(labels, plan).items()}
         scores.append(average_precision(labels, instances(probs, config.post, config.thresholds)).mean())
     assert np.mean(scores) > 0.93
+
+
+@pytest.fixture(scope="module")
+def tiles(nuclei_data: Path, tmp_path_factory) -> Path:
+    """Two tissue tiles with their Aperio outlines."""
+    folder = tmp_path_factory.mktemp("tiles")
+    with zipfile.ZipFile(nuclei_data / "tcga_train.zip") as archive:
+        for name in archive.namelist():
+            if "A7-A13E" in name or "E2-A1B5" in name:
+                (folder / Path(name).name).write_bytes(archive.read(name))
+    return folder
+
+
+def test_outlines_sit_on_nuclei(tiles):
+    from image import read_image
+    from outline import draw, read_outlines
+
+    for path in sorted(tiles.glob("*.xml")):
+        image = read_image(path.with_suffix(".tif")).mean(axis=2)
+        outlines = read_outlines(path)[path.stem].outlines
+        labels, refused = draw(outlines, image.shape)
+        assert labels.max() == len(outlines) - len(refused) and len(refused) <= 1
+        # Nuclei are darker than what is around them, and less so for a map that was moved by a few pixels.
+        contrast = {shift: image[moved == 0].mean() - image[moved > 0].mean() for shift, moved in shifted(labels)}
+        assert max(contrast, key=contrast.__getitem__) == (0, 0) and contrast[0, 0] > 40
+
+
+def shifted(labels: np.ndarray):
+    for shift in ((0, 0), (2, 0), (-2, 0), (0, 2), (0, -2)):
+        yield shift, np.roll(labels, shift, (0, 1))
+
+
+def test_every_form_of_outlines_gives_the_same_nuclei(tiles, tmp_path):
+    from outline import draw, read_outlines
+
+    path = next(iter(sorted(tiles.glob("*A13E*.xml"))))
+    outlines = read_outlines(path)[path.stem].outlines
+    rings = [outline.parts[0][0] for outline in outlines]
+    features = [
+        {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [[*ring.tolist(), ring[0].tolist()]]}}
+        for ring in rings
+    ]
+    items = [{"image_id": 1, "id": i, "segmentation": [ring.ravel().tolist()]} for i, ring in enumerate(rings)]
+    image = {"id": 1, "file_name": f"{path.stem}.tif", "height": 1000, "width": 1000}
+    (tmp_path / f"{path.stem}.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [image], "annotations": items}))
+    wanted = draw(outlines, (1000, 1000))[0]
+    for file in tmp_path.iterdir():
+        (annotation,) = read_outlines(file).values()
+        assert np.array_equal(draw(annotation.outlines, (1000, 1000))[0], wanted)

@@ -30,6 +30,7 @@ from record import (
     read_table,
     split_by_ids,
     split_records,
+    write_table,
 )
 from synthetic import write_dataset
 
@@ -143,7 +144,7 @@ def test_a_missing_folder_is_named(tmp_path):
 # The table
 
 
-def write_table(path: Path, text: str) -> Path:
+def write_text(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -154,7 +155,7 @@ def plain(*names: str, **fields) -> list[Record]:
 
 def test_the_table_describes(tmp_path):
     table = read_table(
-        write_table(
+        write_text(
             tmp_path / "t.csv",
             '\ufeffpatient,image_id,source,major_category,sub_category,remark\n7,a,Kaggle,Tissue,"H, E",x\n,b,,,\n',
         )
@@ -166,7 +167,7 @@ def test_the_table_describes(tmp_path):
 
 
 def test_patient_is_optional(tmp_path):
-    table = read_table(write_table(tmp_path / "t.csv", "image_id,source,major_category,sub_category\na,S,M,C\n"))
+    table = read_table(write_text(tmp_path / "t.csv", "image_id,source,major_category,sub_category\na,S,M,C\n"))
     assert describe_records(plain("a"), table)[0].patient == ""
 
 
@@ -176,7 +177,7 @@ def test_patient_is_optional(tmp_path):
 )
 def test_a_bad_table_is_named(tmp_path, text, facts):
     with pytest.raises(ValueError) as caught:
-        read_table(write_table(tmp_path / "t.csv", text))
+        read_table(write_text(tmp_path / "t.csv", text))
     assert [fact for fact in facts if fact not in str(caught.value)] == []
 
 
@@ -322,7 +323,7 @@ def test_a_patient_named_like_an_image_is_not_that_image():
 
 
 def test_a_list_of_ids_splits(tmp_path, caplog):
-    listed = write_table(tmp_path / "ids.txt", "c\n\n  a\r\nghost\n")
+    listed = write_text(tmp_path / "ids.txt", "c\n\n  a\r\nghost\n")
     with caplog.at_level(logging.WARNING):
         train, valid = split_by_ids(plain("a", "b", "c"), listed)
     assert (ids(train), ids(valid)) == (["b"], ["a", "c"])
@@ -408,17 +409,17 @@ def test_load_split_uses_the_folders_where_there_are(tmp_path):
 
 def test_load_split_prefers_the_list(tmp_path):
     touch(tmp_path, "train/a.png", "train/b.png", "valid/c.png")
-    listed = write_table(tmp_path / "ids.txt", "b\n")
+    listed = write_text(tmp_path / "ids.txt", "b\n")
     train, valid = load_split(tmp_path, options(valid_ids=listed))
     assert (ids(train), ids(valid)) == (["a"], ["b"])
 
 
 def test_load_split_reads_the_table_of_the_data_folder(tmp_path):
     touch(tmp_path, "train/a.png", "train/b.png", "valid/c.png", "valid/d.png")
-    write_table(tmp_path / "dataset.csv", "image_id,sub_category\na,HE\nb,F\nc,HE\n")
+    write_text(tmp_path / "dataset.csv", "image_id,sub_category\na,HE\nb,F\nc,HE\n")
     train, valid = load_split(tmp_path, options(sub_category="HE"))
     assert (ids(train), ids(valid)) == (["a"], ["c"])
-    other = write_table(tmp_path / "other.csv", "image_id,sub_category\nb,HE\nd,HE\n")
+    other = write_text(tmp_path / "other.csv", "image_id,sub_category\nb,HE\nd,HE\n")
     train, valid = load_split(tmp_path, options(sub_category="HE", csv_file=other))
     assert (ids(train), ids(valid)) == (["b"], ["d"])
     with pytest.raises(FileNotFoundError, match="csv_file"):
@@ -559,3 +560,26 @@ def test_without_its_origin_a_piece_would_leak(real, nuclei_data):
     strangers = [Record(record.id, record.image, sub_category=record.sub_category) for record in multiply(real)]
     train, valid = divide_records(strangers, options(cv_ratio=0.1))
     assert specimens(train, table) & specimens(valid, table)
+
+
+# Writing the table
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_table_comes_back_as_it_was(tmp_path, ending):
+    text = ending.join(
+        ["image_id,note,source,major_category,sub_category,patient", 'a,"x, y",Lab,,Dim,7', "b,,,,,", ""]
+    )
+    (tmp_path / "t.csv").write_text(text, newline="")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "t.csv")
+    write_table(tmp_path / "link.csv", read_table(tmp_path / "t.csv"))
+    assert (tmp_path / "t.csv").read_bytes().decode() == text and (tmp_path / "link.csv").is_symlink()
+
+
+def test_a_new_table_has_all_columns(tmp_path):
+    write_table(tmp_path / "t.csv", {"a": {"image_id": "a", "source": "Lab"}, "b": {"image_id": "b", "note": "n"}})
+    rows = read_table(tmp_path / "t.csv")
+    assert list(rows["a"]) == ["image_id", "source", "note", "major_category", "sub_category", "patient"]
+    assert rows["a"]["note"] == "" and rows["b"]["note"] == "n"
+    write_table(tmp_path / "t.csv", {})
+    assert read_table(tmp_path / "t.csv") == {}

@@ -594,3 +594,53 @@ def test_without_a_connection_nothing_is_begun(data, tmp_path, monkeypatch, caps
     assert train.main(["--data", str(data), *options]) == 2
     assert "There are three choices" in capsys.readouterr().err
     assert not (tmp_path / "checkpoint").exists()
+
+
+# Preparation
+
+
+def test_add_and_remove_as_commands(tmp_path, capsys):
+    write_dataset(tmp_path / "new", 2, shape=(40, 48))
+    where = ["--data", str(tmp_path / "data")]
+    assert prepare.main(["add", str(tmp_path / "new"), "--source", "Lab", "--sub", "Dim", "--dry-run", *where]) == 0
+    assert "2 images would be added" in capsys.readouterr().out and not (tmp_path / "data").exists()
+    assert prepare.main([*where, "add", str(tmp_path / "new"), "--source", "Lab", "--sub", "Dim"]) == 0
+    assert "train: 2 images (Dim 2)" in capsys.readouterr().out
+    assert prepare.main(["remove", "--source", "Lab", *where]) == 0
+    assert "2 images moved to" in capsys.readouterr().out
+    assert prepare.main(["add", str(tmp_path / "data" / "removed" / "train"), *where]) == 0
+
+
+def test_add_says_what_it_wants(tmp_path, capsys):
+    write_dataset(tmp_path / "new", 1, shape=(40, 48))
+    assert prepare.main(["add", str(tmp_path / "new"), "--data", str(tmp_path / "data")]) == 2
+    assert "--source" in capsys.readouterr().err
+    assert prepare.main(["add", str(tmp_path / "nowhere"), "--source", "Lab"]) == 2
+    write_dataset(tmp_path / "blank", 1, shape=(40, 48), masks=False)
+    assert prepare.main(["add", str(tmp_path / "blank"), "--source", "Lab", "--data", str(tmp_path / "data")]) == 3
+    assert "refused: " in capsys.readouterr().err
+
+
+def test_verify_reports_and_bans(tmp_path, capsys):
+    write_dataset(tmp_path / "train", 4, shape=(48, 48))
+    where = ["--data", str(tmp_path), "--set", "dataset.cv_ratio=0", "--blacklist", str(tmp_path / "black.txt")]
+    assert prepare.main(["verify", *where]) == 0
+    assert "nothing wrong" in capsys.readouterr().out and (tmp_path / "verify.csv").read_text().count("\n") == 1
+    image = sorted(tmp_path.glob("train/*/images/*.png"))[0]
+    image.write_bytes(b"broken")
+    assert prepare.main(["verify", *where, "--dry-run"]) == 3 and not (tmp_path / "black.txt").exists()
+    assert prepare.main(["verify", *where]) == 3
+    assert (tmp_path / "black.txt").read_text() == f"{image.stem}\n"
+
+
+def test_stats_prints_draws_and_keeps_the_rest_of_the_settings(tmp_path, capsys):
+    write_dataset(tmp_path / "data" / "train", 3, shape=(48, 48))
+    (tmp_path / "mine.ini").write_text("; mine\n[train]\nn_epoch = 3 ; few\n")
+    options = ["stats", "--data", "data", "--write-config", "mine.ini"]
+    assert prepare.main([*options, "--dry-run"]) == 0
+    assert (tmp_path / "mine.ini").read_text().count("\n") == 3 and not (tmp_path / "data" / "stats.png").exists()
+    assert prepare.main(options) == 0
+    assert "nuclei" in capsys.readouterr().out and (tmp_path / "data" / "stats.png").is_file()
+    assert (tmp_path / "mine.ini").read_text().startswith("; mine\n[train]\nn_epoch = 3 ; few\n\n[pre]\nmean = [")
+    settings = load_config("mine.ini")
+    assert settings.train.n_epoch == 3 and all(0 < value < 1 for value in settings.pre.mean + settings.pre.std)
