@@ -16,7 +16,7 @@ from scipy import sparse
 from tqdm import tqdm
 
 from annotation import decode_rle
-from config import Policy, Pre
+from config import DEFAULT_POLICY, Policy
 from files import replacing
 from image import ImageError, read_image, read_labels, read_mask, read_pixels
 from likeness import near_pairs, perceptual_hash, pixel_hash, thumbnail
@@ -83,7 +83,7 @@ class Audit:
 
 def audit(
     sides: Mapping[str, Sequence[Record]],
-    policy: Policy = Pre().policy,
+    policy: Policy = DEFAULT_POLICY,
     runs: Mapping[str, Sequence[str]] | None = None,
 ) -> Audit:
     """Look at every image and mask.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from annotation import write_masks
-from config import Policy, Pre
+from config import DEFAULT_POLICY, Policy
 from files import replacing
 from image import ImageError, read_image, read_labels, read_mask, read_pixels
 from likeness import pixel_hash
@@ -109,7 +109,7 @@ def add_images(
     *,
     side: str = "train",
     prefix: str = "",
-    policy: Policy = Pre().policy,
+    policy: Policy = DEFAULT_POLICY,
     dry_run: bool = False,
 ) -> Outcome:
     """Place images in the data set and book them.

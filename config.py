@@ -259,6 +259,10 @@ class Pre(Section):
         return self
 
 
+#: How images are read where nobody says otherwise.
+DEFAULT_POLICY = Pre().policy
+
+
 class Post(Section):
     segmentation: bool = True
     policy: str = "auto"

@@ -136,7 +136,8 @@ def read_table(path: str | Path) -> dict[str, dict[str, str]]:
 def write_table(path: str | Path, rows: Mapping[str, Mapping[str, str]]) -> None:
     """Write a CSV that describes images; undoes `read_table`.
 
-    Columns that only some rows have are kept, and come behind the known ones where the first row does not have them.
+    Columns that only some rows have are kept, and come behind the known ones where the first row does not have them;
+    ``origin`` is written where a row has one.
     A link stays a link: what it points to is written. Lines end as they ended before.
     """
     path = Path(path).resolve()
@@ -145,7 +146,7 @@ def write_table(path: str | Path, rows: Mapping[str, Mapping[str, str]]) -> None
         with path.open("rb") as old:
             ending = "\r\n" if old.readline().endswith(b"\r\n") else "\n"
     columns = dict.fromkeys([column for row in rows.values() for column in row] or ["image_id"])
-    columns |= dict.fromkeys(CSV_COLUMNS)
+    columns |= dict.fromkeys(column for column in CSV_COLUMNS if column != "origin")
     with replacing(path) as stage, stage.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns), restval="", lineterminator=ending)
         writer.writeheader()

@@ -199,7 +199,7 @@ def test_filters_are_joined_by_and():
 
 def test_black_lists_by_id_and_by_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_table(tmp_path / "noisy.txt", "b  # blurred\n# a remark\n\nghost\n")
+    write_text(tmp_path / "noisy.txt", "b  # blurred\n# a remark\n\nghost\n")
     records = plain("a", "b", "c", "d")
     records.append(derive_record("b_0_0", Path("x"), [records[1]]))
     assert ids(filter_records(records, options(blacklist="noisy.txt, d"))) == ["a", "c"]
@@ -223,7 +223,7 @@ def test_the_sides_have_lists_of_their_own():
 
 
 def test_a_list_of_ids_may_be_a_table(tmp_path):
-    assert read_ids(write_table(tmp_path / "a.csv", "\ufeffimage_id,why\na,empty\nb#1,holes\n")) == {"a", "b#1"}
+    assert read_ids(write_text(tmp_path / "a.csv", "\ufeffimage_id,why\na,empty\nb#1,holes\n")) == {"a", "b#1"}
 
 
 # What is made of images
@@ -250,13 +250,13 @@ def test_kin_are_found_over_patients_and_mixtures():
 
 
 def test_booking_adds_rows_and_changes_none(tmp_path):
-    path = write_table(tmp_path / "t.csv", '\ufeffimage_id,remark,source\na,"one, two",K\n\nb,short\n')
+    path = write_text(tmp_path / "t.csv", '\ufeffimage_id,remark,source\na,"one, two",K\n\nb,short\n')
     parent = describe_records(plain("a"), read_table(path))[0]
     piece = derive_record("a_0_0", Path("x"), [parent])
     assert book_records(path, [piece]) == 1
     with open(path, newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["image_id", "remark", "source", "major_category", "sub_category", "patient", "origin"]
+    assert header == ["image_id", "remark", "source", "major_category", "sub_category", "patient"]
     assert [row[:3] for row in rows] == [["a", "one, two", "K"], ["b", "short", ""], ["a_0_0", "", "K"]]
     before = path.read_bytes()
     assert book_records(path, [piece]) == 0 and path.read_bytes() == before
@@ -339,7 +339,7 @@ def test_a_list_of_ids_takes_what_was_made_from_them(tmp_path):
     copy = derive_record("a_copy1", Path("x"), [a])
     made = [copy, derive_record("a_0_0", Path("x"), [copy]), derive_record("b_0_0", Path("x"), [b])]
     mixtures = [derive_record("ab", Path("x"), [a, b]), derive_record("ac", Path("x"), [a, c])]
-    listed = write_table(tmp_path / "ids.txt", "a\nc\n")
+    listed = write_text(tmp_path / "ids.txt", "a\nc\n")
     train, valid = split_by_ids([a, b, c, *made, *mixtures], listed)
     assert (ids(train), ids(valid)) == (["b", "b_0_0"], ["a", "c", "a_copy1", "a_0_0", "ac"])
     train, valid = split_by_ids(made[1:], listed)  # where the images themselves are not in the folder
@@ -374,7 +374,7 @@ def test_a_category_left_out_is_never_trained_on():
 
 def test_folders_that_part_a_patient_are_told(tmp_path, caplog):
     touch(tmp_path, "train/a.png", "train/b.png", "valid/c.png")
-    write_table(tmp_path / "dataset.csv", "image_id,patient\na,7\nb,8\nc,7\n")
+    write_text(tmp_path / "dataset.csv", "image_id,patient\na,7\nb,8\nc,7\n")
     with caplog.at_level(logging.WARNING):
         load_split(tmp_path, options())
     assert "1 patients have images on both sides" in caplog.text
@@ -388,7 +388,7 @@ def test_load_split_divides_as_the_settings_say(tmp_path, values, wanted):
     touch(tmp_path, *(f"train/{i}.png" for i in range(12)), "valid/v.png", "valid/w.png")
     kinds = ["F"] * 10 + ["HE"] * 2
     rows = [f"{i},{kind}\n" for i, kind in enumerate(kinds)]
-    write_table(tmp_path / "dataset.csv", "image_id,sub_category\n" + "".join(rows) + "v,F\nw,HE\n")
+    write_text(tmp_path / "dataset.csv", "image_id,sub_category\n" + "".join(rows) + "v,F\nw,HE\n")
     train, valid = load_split(tmp_path, options(**values))
     assert len(valid) == wanted and not set(ids(train)) & set(ids(valid))
     assert ("v" in ids(valid)) == ("valid_sub_category" in values)  # a folder gives way to folds and categories
