@@ -213,13 +213,8 @@ def book_records(path: str | Path, records: Sequence[Record], dry_run: bool = Fa
             )
     if not fresh or dry_run:
         return len(fresh)
-    header, rows = _read_cells(path) if path.is_file() else (["image_id", *CSV_COLUMNS], [])
-    wider = header + [column for column in CSV_COLUMNS if column not in header]
-    cells = [{"image_id": r.id, **{column: getattr(r, column) for column in CSV_COLUMNS}} for r in fresh]
-    rows = [row + [""] * (len(wider) - len(row)) for row in rows]
-    with replacing(path, sync=True) as stage, open(stage, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([wider, *rows, *([row.get(column, "") for column in wider] for row in cells)])
+    new = {r.id: {"image_id": r.id, **{column: getattr(r, column) for column in CSV_COLUMNS}} for r in fresh}
+    write_table(path, table | new)
     return len(fresh)
 
 
@@ -596,13 +591,6 @@ def _read_blacklist(entries: Iterable[str], key: str) -> set[str]:
         else:
             raise FileNotFoundError(f"[dataset] {key} = {entry}: no such file")
     return ids
-
-
-def _read_cells(path: Path) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of a CSV, cell by cell, without blank lines."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        header, *rows = [row for row in csv.reader(file) if row]
-    return header, rows
 
 
 def _subfolders(path: Path) -> list[Path]:

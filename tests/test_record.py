@@ -256,7 +256,7 @@ def test_booking_adds_rows_and_changes_none(tmp_path):
     assert book_records(path, [piece]) == 1
     with open(path, newline="") as file:
         header, *rows = csv.reader(file)
-    assert header == ["image_id", "remark", "source", "major_category", "sub_category", "patient"]
+    assert header == ["image_id", "remark", "source", "major_category", "sub_category", "patient", "origin"]
     assert [row[:3] for row in rows] == [["a", "one, two", "K"], ["b", "short", ""], ["a_0_0", "", "K"]]
     before = path.read_bytes()
     assert book_records(path, [piece]) == 0 and path.read_bytes() == before
