@@ -126,7 +126,7 @@ def add_images(
     rows
         Id in `sources` -> what the table shall say of it. A row that the table has already stays as it is.
     side
-        ``train`` or ``valid``.
+        ``train``, ``valid``, or another folder of the data folder, whose images wait to be cut or divided.
     prefix
         Stands before each id.
     policy
@@ -134,7 +134,7 @@ def add_images(
     """
     folders = sides_of(data)
     target = folders.get(side, data / side)
-    existing = _index(folders.values())
+    existing = _index(dict.fromkeys([*folders.values(), target]))
     taken = set(existing.values())
     outcome = Outcome(target)
     for record, annotation in tqdm(sources, "adding", unit="image", disable=None):

@@ -25,14 +25,14 @@ from pathlib import Path
 
 from annotation import read_csv
 from audit import BANNED, PROBLEMS, UNUSABLE, audit, extend_blacklist, write_report
-from collect import SIDES, Outcome, add_images, find_sources, records_in, remove_images, sides_of
+from collect import Outcome, add_images, find_sources, records_in, remove_images, sides_of
 from config import Config, add_arguments, edit_ini, load_config
 from dataset import open_cache
 from download import fetch, file_name, unpack
 from files import replacing
 from helper import make_parser, run_script
 from plot import histograms, save
-from record import CSV_COLUMNS, describe_records, find_records, format_counts, load_split, read_table
+from record import describe_records, find_records, format_counts, load_split, read_table
 from survey import COLUMNS, alpha_lines, channel_statistics, series, survey, table
 from synthetic import write_dataset
 
@@ -81,8 +81,8 @@ def add(config: Config, args: argparse.Namespace) -> int:
     if args.source is None and not own.is_file():
         raise ValueError(f"--source: wanted a name for where these images come from, as {own} does not say")
     known = read_table(own) if own.is_file() else {}
-    given = (args.source, args.major, args.sub, args.patient)
-    chosen = {column: value for column, value in zip(CSV_COLUMNS, given, strict=True) if value is not None}
+    given = {"source": args.source, "major_category": args.major, "sub_category": args.sub, "patient": args.patient}
+    chosen = {column: value for column, value in given.items() if value is not None}
     rows = {record.id: {**known.get(record.id, {}), **chosen} for record, _ in sources}
     table = config.dataset.csv_file or args.data / "dataset.csv"
     outcome = add_images(
@@ -213,7 +213,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sub", metavar="NAME", help="their sub_category")
     parser.add_argument("--patient", metavar="NAME", help="specimen, if all are of one; else each is one of its own")
     parser.add_argument("--outlines", type=Path, metavar="DIR", help="where the outlines are, if not beside the images")
-    parser.add_argument("--to", choices=SIDES, default="train", help="side of the data set (default: train)")
+    parser.add_argument("--to", default="train", metavar="NAME", help="folder of the data folder (default: train)")
     parser.add_argument("--prefix", default="", metavar="TEXT", help="stands before each id")
     parser.add_argument("--dry-run", action="store_true", help="say what it would do, write nothing")
 
