@@ -106,7 +106,9 @@ OptionalBool = Annotated[bool | None, BeforeValidator(_empty_to_none)]
 OptionalInt = Annotated[int | None, BeforeValidator(_empty_to_none)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_empty_to_none)]
 MemberWeights = Annotated[
-    tuple[Annotated[float, Field(ge=0)], ...], BeforeValidator(_split_list), AfterValidator(_some_weight)
+    tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...],
+    BeforeValidator(_split_list),
+    AfterValidator(_some_weight),
 ]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_truth_as_number)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -269,6 +271,7 @@ class Post(Section):
     marker: str = "auto"
     marker_contour: float = Field(0.0, ge=0)
     min_score: Fraction = 0.5
+    min_confidence: Fraction = 0.0
     seg_ratio: float = Field(0.8, gt=0, le=1)
     seg_scale: float = Field(0.3, gt=0)
     remove_objects: bool = True
@@ -326,6 +329,13 @@ class Download(Section):
     max_files: int = Field(200_000, ge=1)
     max_gigabytes: float = Field(20.0, gt=0)
     max_ratio: float = Field(200.0, gt=1)
+
+
+#: What checkpoints that do not know a setting were trained with, where that is not its default.
+_BEFORE: dict[str, Any] = {
+    "pre.nucleus_diameter": 0.0,
+    **dict.fromkeys(("pre.fade_nuclei", "pre.stain_shift", "pre.recolor", "pre.illumination", "pre.blur"), False),
+}
 
 
 class Config(Section):
@@ -386,8 +396,12 @@ class Config(Section):
         dump = self.model_dump()
         for key in keys:
             section, name = key.split(".")
-            if key not in self.user_set and name in saved.get(section, {}):
+            if key in self.user_set:
+                continue
+            if name in saved.get(section, {}):
                 dump[section][name] = saved[section][name]
+            elif section in saved and key in _BEFORE:
+                dump[section][name] = _BEFORE[key]
         if "default.width" in keys and not any(key.endswith(".width") for key in self.user_set):
             model = saved["param"]["model"]
             dump["default"]["width"] = saved["widths"].get(model, saved["default"]["width"])

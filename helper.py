@@ -201,15 +201,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def fingerprint(checkpoints: Sequence[Mapping[str, Any]]) -> str:
-    """What the weights of one or several checkpoints are known by, in whatever order: 16 hexadecimal digits."""
-    digests = []
+    """What the weights of one or several checkpoints, in this order, are known by: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
     for checkpoint in checkpoints:
-        digest = hashlib.sha256()
         for name, tensor in sorted((checkpoint.get("average") or checkpoint["weights"]).items()):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        digests.append(digest.digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
 def tuned_values(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -219,9 +217,12 @@ def tuned_values(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def slim(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint with what prediction needs alone, its weights (the averaged ones) in half precision."""
+    """A checkpoint with what prediction needs alone, its weights (the averaged ones) in half precision.
+
+    Norms and biases stay as they are: a running variance may be beyond the range of half precision.
+    """
     weights = checkpoint.get("average") or checkpoint["weights"]
-    small = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    small = {name: value.half() if value.numel() > 2**12 else value for name, value in weights.items()}
     kept = {key: checkpoint[key] for key in ("model", "options", "epoch", "scores", "config") if key in checkpoint}
     found = checkpoint.get("tuned", {}).get(fingerprint([checkpoint]))
     new = {"format": CHECKPOINT_FORMAT, **kept, "weights": small}

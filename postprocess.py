@@ -49,12 +49,15 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labe
     """
     mask = _above(probs, thresholds, "semantic")
     if not post.segmentation:
-        return clean(_components(mask), post)
+        return _finish(_components(mask), probs, post)
     source, policy = _choose(post, probs)
     markers = pick(MARKERS, source, "source of markers")(mask, probs, post, thresholds)
     markers = _add_lonely(mask, markers)
-    labels = pick(POLICIES, policy, "policy")(mask, markers, probs)
-    labels = drop_doubtful(labels, probs["semantic"], post.min_score)
+    return _finish(pick(POLICIES, policy, "policy")(mask, markers, probs), probs, post)
+
+
+def _finish(labels: Labels, probs: Probs, post: Post) -> Labels:
+    labels = drop_doubtful(labels, probs["semantic"], post.min_confidence) if post.min_confidence else labels
     return clean(expand_labels(labels, post.grow) if post.grow else labels, post)
 
 
@@ -80,7 +83,14 @@ def merge(
     -------
     dict
         head -> map, float32 in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        The weights are not as many as the networks.
     """
+    if weights and len(weights) != len(members):
+        raise ValueError(f"[valid] ensemble_weights: {len(weights)} for {len(members)} networks; wanted one for each")
     merged: dict[str, NDArray[np.float32]] = {}
     total: dict[str, float] = {}
     for maps, weight in zip(members, weights or [1.0] * len(members), strict=True):
@@ -100,11 +110,11 @@ def merged_thresholds(probs: Probs, thresholds: Mapping[str, float], ensemble: s
     return {head: 0.5 if head in voted else threshold for head, threshold in thresholds.items()}
 
 
-def drop_doubtful(labels: Labels, semantic: NDArray[np.float32], min_score: float) -> Labels:
-    """Take out the instances whose pixels have a mean semantic probability below `min_score`, (H, W) int32."""
+def drop_doubtful(labels: Labels, semantic: NDArray[np.float32], least: float) -> Labels:
+    """Take out the instances whose pixels have a mean semantic probability below `least`, (H, W) int32."""
     ids = labels.ravel()
     score = np.bincount(ids, semantic.ravel()) / np.maximum(np.bincount(ids), 1)
-    return np.where(score[labels] < min_score, 0, labels)
+    return np.where(score[labels] < least, 0, labels)
 
 
 def clean(labels: Labels, post: Post) -> Labels:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from config import CHECKPOINT_KEYS, Config, Valid
 from detector import MaskRCNN
-from helper import autocast, load_checkpoint, pick_device, pick_precision, tuned_values
+from helper import autocast, fingerprint, load_checkpoint, pick_device, pick_precision, tuned_values
 from labels import typical_diameter
 from model import load_model, memory_format, place
 from network import HEAD_CHANNELS, Network
@@ -47,6 +47,8 @@ class Segmenter:
         ``valid``, ``post`` and the thresholds are used.
     saved : mapping
         The settings that the first network was trained with, as `Config.to_dict` gives them; empty in training.
+    fingerprint : str
+        See `helper.fingerprint`.
     """
 
     networks: Sequence[Network]
@@ -54,6 +56,7 @@ class Segmenter:
     device: torch.device
     precision: torch.dtype
     saved: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
 
     def predict(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
         """The instances of an (H, W, 3) uint8 image, (H, W) int32, and the maps they were read off, as `probs` gives
@@ -123,11 +126,11 @@ class Segmenter:
         return self.predict(image)[0]
 
 
-def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
+def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = True) -> Segmenter:
     """Networks of one or several checkpoints, ready to use.
 
     What the user did not set, thresholds and input settings, comes from the first checkpoint; and where ``tune.py`` was
-    run on just these, what it found.
+    run on just these, in this order, what it found (unless `tuned` is False).
 
     Raises
     ------
@@ -136,15 +139,16 @@ def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
     """
     checkpoints = [load_checkpoint(path) for path in paths]
     configs = [config.inherit(checkpoint["config"], CHECKPOINT_KEYS) for checkpoint in checkpoints]
-    config = configs[0].suggest(tuned_values(checkpoints))
+    config = configs[0].suggest(tuned_values(checkpoints)) if tuned else configs[0]
     for path, other in zip(paths, configs, strict=True):
-        if other.pre.policy != config.pre.policy:
-            raise ValueError(
-                f"{path} reads images by {other.pre.policy}, {paths[0]} by {config.pre.policy}: no ensemble"
-            )
+        theirs, ours = ((c.pre.policy, c.pre.nucleus_diameter) for c in (other, configs[0]))
+        if theirs != ours:
+            raise ValueError(f"{path} reads images by {theirs}, {paths[0]} by {ours}: no ensemble")
     weights = config.valid.ensemble_weights
     if weights and len(weights) != len(paths):
         raise ValueError(f"[valid] ensemble_weights: {len(weights)} for {len(paths)} checkpoints; wanted one for each")
+    if config.pre.color_space != "rgb" and any(view.color for view in combine(config.valid.test_time_augment)):
+        raise ValueError("[valid] test_time_augment: views of other colours need [pre] color_space = rgb")
     device = pick_device(config.train.device)
     networks = [place(load_model(c), device) for c in checkpoints]
     if len(networks) > 1 and any(isinstance(network, MaskRCNN) for network in networks):
@@ -155,7 +159,7 @@ def load_segmenter(paths: Sequence[str | Path], config: Config) -> Segmenter:
         elif not other.contour.detect:
             network.active = tuple(head for head in network.heads if head != "contour")
     precision = pick_precision(config.train.precision, device)
-    return Segmenter(networks, config, device, precision, checkpoints[0]["config"])
+    return Segmenter(networks, config, device, precision, checkpoints[0]["config"], fingerprint(checkpoints))
 
 
 @torch.inference_mode()

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from config import SPLIT_KEYS, Config
+from config import CHECKPOINT_KEYS, SPLIT_KEYS, Config
 from detector import MaskRCNN
 from helper import (
+    DEFAULT_WEIGHTS,
     find_checkpoint,
     fingerprint,
     load_checkpoint,
@@ -34,39 +35,58 @@ from helper import (
     save_checkpoint,
     slim,
 )
-from image import read_image, read_labels
+from image import ImageError, read_image, read_labels
 from predict import Segmenter, load_segmenter
 from record import load_split
-from tuning import Case, Tuner
+from tuning import GRID, Case, Tuner
+
+#: Processes that judge, at most: each holds all maps.
+MOST_WORKERS = 8
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
     prepare_process()
     paths = args.checkpoint or [find_checkpoint(args.checkpoint_dir)]
-    segmenter = load_segmenter(paths, config)
+    refuse_nonsense(config, args, paths)
+    segmenter = load_segmenter(paths, config, tuned=False)
     if isinstance(segmenter.networks[0], MaskRCNN):
         raise ValueError("a maskrcnn makes no maps to tune on; set [post] min_score by hand")
     print(f"Tuning {', '.join(str(path) for path in paths)} on {segmenter.device}")
     began = time.monotonic()
     cases = predict_cases(segmenter, config, args.data)
     predicted = time.monotonic()
-    with Tuner(cases, segmenter.config, n_worker=min(os.cpu_count() or 1, len(cases))) as tuner:
-        if not tuner.grid:
-            raise ValueError("everything that could be tuned is set by the settings")
-        start = tuner.start
-        tuner.weigh()
+    with Tuner(cases, segmenter.config, n_worker=min(os.cpu_count() or 1, len(cases), MOST_WORKERS)) as tuner:
         best = tuner.search()
-        before, after, honest = tuner.scores(start), tuner.scores(best), tuner.cross_validate()
+        before, after, honest = tuner.scores(tuner.start), tuner.scores(best), tuner.cross_validate()
     print(format_gain([case.kind for case in cases], before, after, honest))
-    changed = {key: value for key, value in best if value != dict(start).get(key)}
+    changed = {key: value for key, value in best if value != dict(tuner.start).get(key)}
     print("\n".join(f"{key} = {value}" for key, value in changed.items()) or "nothing to change")
     print(
         f"{len(cases)} images predicted in {predicted - began:.0f} s, {tuner.n_judged} choices judged in "
         f"{time.monotonic() - predicted:.0f} s"
     )
     if not args.dry_run:
-        keep(paths, dict(best), {"score": float(after.mean()), "cross_validated": float(honest.mean())}, args.export)
+        scores = {"score": float(after.mean()), "cross_validated": float(honest.mean())}
+        keep(paths, segmenter.fingerprint, chosen(segmenter.config) | dict(best), scores, args.export)
     return 0
+
+
+def refuse_nonsense(config: Config, args: argparse.Namespace, paths: Sequence[Path]) -> None:
+    """What can be known to be wrong before anything is predicted."""
+    if args.export is not None and (args.dry_run or len(paths) > 1):
+        why = "--dry-run writes nothing" if args.dry_run else "it writes one network, several are named"
+        raise ValueError(f"--export {args.export}: {why}")
+    if DEFAULT_WEIGHTS in paths and not args.dry_run:
+        raise ValueError(f"{DEFAULT_WEIGHTS} ships with the toolkit and is not changed; tune a copy, or say --dry-run")
+    if all(key in config.user_set for key in GRID):
+        raise ValueError("everything that could be tuned is set by the settings")
+
+
+def chosen(config: Config) -> dict[str, object]:
+    """What the user has set and the search took for granted."""
+    keys = {*GRID, *CHECKPOINT_KEYS, "valid.ensemble", "valid.ensemble_weights"} & config.user_set
+    dump = config.to_dict()
+    return {key: dump[key.split(".")[0]][key.split(".")[1]] for key in sorted(keys)}
 
 
 def predict_cases(segmenter: Segmenter, config: Config, data: Path) -> list[Case]:
@@ -76,10 +96,16 @@ def predict_cases(segmenter: Segmenter, config: Config, data: Path) -> list[Case
         raise ValueError("the split holds no validation image; see [dataset] cv_ratio and valid_ids")
     cases = []
     for record in tqdm(records, "predicting", disable=None):
-        if record.problem or record.masks is None:
-            raise ValueError(record.problem or f"{record.image}: has no masks to tune against")
-        image = read_image(record.image, *segmenter.config.pre.policy)
-        truth = read_labels(record.masks, image.shape[:2])
+        try:
+            if record.problem or record.masks is None:
+                raise ImageError(record.problem or f"{record.image}: has no masks to tune against")
+            image = read_image(record.image, *segmenter.config.pre.policy)
+            truth = read_labels(record.masks, image.shape[:2])
+        except ImageError as error:
+            if config.dataset.on_bad == "refuse":
+                raise
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            continue
         cases.append(Case.pack(record.sub_category, segmenter.members(image), truth))
     return cases
 
@@ -97,11 +123,19 @@ def format_gain(
     return "\n".join(lines)
 
 
-def keep(paths: Sequence[Path], values: Mapping[str, object], scores: Mapping[str, float], export: Path | None) -> None:
+def keep(
+    paths: Sequence[Path],
+    fingerprint_then: str,
+    values: Mapping[str, object],
+    scores: Mapping[str, float],
+    export: Path | None,
+) -> None:
     """Store what was found in the first checkpoint, and write the small one where it is wanted."""
     states = [load_checkpoint(path) for path in paths]
+    if fingerprint(states) != fingerprint_then:
+        raise ValueError(f"{', '.join(map(str, paths))}: changed while being tuned; is a training running?")
     found = {"values": dict(values), "scores": dict(scores)}
-    first = states[0] | {"tuned": {**states[0].get("tuned", {}), fingerprint(states): found}}
+    first = states[0] | {"tuned": {**states[0].get("tuned", {}), fingerprint_then: found}}
     save_checkpoint(paths[0], first)
     print(f"kept in {paths[0]}")
     if export is not None:

@@ -26,7 +26,7 @@ GRID: dict[str, tuple[Any, ...]] = {
     "param.threshold": (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7),
     "param.threshold_mark": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
     "post.marker_contour": (0.0, 0.25, 0.5, 0.75, 1.0),
-    "post.min_score": (0.5, 0.6, 0.65, 0.7, 0.75, 0.8),
+    "post.min_confidence": (0.0, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8),
     "post.min_object_size": (6, 12, 20, 30, 40),
     "post.min_object_share": (0.0, 0.05, 0.1, 0.15, 0.2, 0.25),
     "post.grow": (0, 1),
@@ -35,8 +35,10 @@ GRID: dict[str, tuple[Any, ...]] = {
 
 #: Side (px) of the part of an image that is judged: a large image would take as long as all others together.
 WINDOW = 512
-#: How often `Tuner.weigh` adds a network.
+#: How often a network is added to the mixture of an ensemble.
 N_PICKS = 8
+#: What a change has to gain to be made.
+LEAST_GAIN = 1e-6
 
 Choice = tuple[tuple[str, Any], ...]
 
@@ -101,7 +103,6 @@ class Tuner:
 
     def __post_init__(self) -> None:
         self.grid = {key: values for key, values in self.grid.items() if key not in self.config.user_set}
-        self.weights: Choice = ()
         self._known: dict[Choice, NDArray[np.float64]] = {}
         self._pool = None
         if self.n_worker:
@@ -125,7 +126,7 @@ class Tuner:
     def start(self) -> Choice:
         """What the settings say now of everything that is searched."""
         dump = self.config.model_dump()
-        return self.weights + tuple((key, dump[key.split(".")[0]][key.split(".")[1]]) for key in self.grid)
+        return tuple((key, dump[key.split(".")[0]][key.split(".")[1]]) for key in self.grid)
 
     def scores(self, choice: Choice) -> NDArray[np.float64]:
         """The score of each image under a choice, (N,) float64."""
@@ -140,7 +141,7 @@ class Tuner:
         return self._known[choice]
 
     def search(self, subset: NDArray[np.bool_] | None = None) -> Choice:
-        """Go from setting to setting, each moved as long as the mean over the images of the subset rises.
+        """Weigh the networks, then go from setting to setting, each moved as long as the mean over the subset rises.
 
         Parameters
         ----------
@@ -148,48 +149,54 @@ class Tuner:
             Images that count; all by default.
         """
         wanted = np.ones(len(self.cases), bool) if subset is None else subset
-        best = self.start
+        best = self._weigh(wanted) + self.start
         moved = True
         while moved:
-            moved = False
+            before = best
             for key in self.grid:
-                for step in (1, -1):
-                    while (other := self._neighbour(best, key, step)) is not None:
-                        if self.scores(other)[wanted].mean() <= self.scores(best)[wanted].mean() + 1e-6:
-                            break
-                        best, moved = other, True
+                best = self._line(best, key, wanted)
+            moved = best != before
         return best
 
-    def _neighbour(self, choice: Choice, key: str, step: int) -> Choice | None:
-        """The choice with one setting moved along its values, or None at their end."""
-        values, now = list(self.grid[key]), dict(choice)[key]
-        if now in values:
-            index = values.index(now) + step
-        elif isinstance(now, str):
-            index = 0  # a rule such as auto, which stands for one of the others
-        else:
-            index = int(np.searchsorted(values, now)) - (step < 0)
-        if not 0 <= index < len(values):
-            return None
-        return tuple((name, values[index] if name == key else value) for name, value in choice)
+    def _mean(self, choice: Choice, wanted: NDArray[np.bool_]) -> float:
+        return float(self.scores(choice)[wanted].mean())
 
-    def weigh(self) -> None:
-        """Start from the best weights of the networks of an ensemble; of a single network there is nothing to weigh.
+    def _line(self, choice: Choice, key: str, wanted: NDArray[np.bool_]) -> Choice:
+        """The best choice along one setting: of a rule every value, of a number one after the other while they help."""
+        values, now = list(self.grid[key]), dict(choice)[key]
+        if isinstance(values[0], str):
+            paths: list[list[Any]] = [[value] for value in values]
+        else:
+            low, high = (int(np.searchsorted(values, now, side)) for side in ("left", "right"))
+            paths = [values[high:], values[:low][::-1]]
+        best = choice
+        for path in paths:
+            for value in path:
+                other = tuple((name, value if name == key else old) for name, old in best)
+                if self._mean(other, wanted) <= self._mean(best, wanted) + LEAST_GAIN:
+                    break
+                best = other
+        return best
+
+    def _weigh(self, wanted: NDArray[np.bool_]) -> Choice:
+        """How much each network of an ensemble should count; nothing where all the same is best, or there is but one.
 
         Networks are added one by one, each as often as it helps most (Caruana et al. 2004, Ensemble selection from
         libraries of models, doi:10.1145/1015330.1015432); the best mixture on the way is taken.
         """
-        n, plain = len(self.cases[0].members), self.start
-        key = "valid.ensemble_weights"
+        n, key = len(self.cases[0].members), "valid.ensemble_weights"
         if n == 1 or key in self.config.user_set:
-            return
-        counts, best_score = np.zeros(n), self.scores(self.start).mean()
+            return ()
+        found: Choice = ()
+        counts, best = np.zeros(n), self._mean(self.start, wanted)
         for _ in range(N_PICKS):
-            trials = [tuple((counts + np.eye(n)[i]).tolist()) for i in range(n)]
-            scores = [self.scores(((key, trial), *plain)).mean() for trial in trials]
-            counts = np.array(trials[int(np.argmax(scores))])
-            if max(scores) > best_score + 1e-6:
-                self.weights, best_score = ((key, tuple(counts.tolist())),), max(scores)
+            trials: list[Choice] = [((key, tuple((counts + np.eye(n)[i]).tolist())),) for i in range(n)]
+            scores = [self._mean(trial + self.start, wanted) for trial in trials]
+            step = trials[int(np.argmax(scores))]
+            counts = np.array(step[0][1])
+            if max(scores) > best + LEAST_GAIN:
+                found, best = step, max(scores)
+        return found
 
     def cross_validate(self) -> NDArray[np.float64]:
         """The score of each image under what the search finds on the images of all other kinds, (N,) float64.

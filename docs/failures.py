@@ -48,11 +48,8 @@ def main(target: str, checkpoint: str, data: str) -> None:
 def worst_window(truth: np.ndarray, labels: np.ndarray) -> tuple[slice, slice]:
     """Where in an image most nuclei were not found."""
     height, width = truth.shape
-    corners = [
-        (y, x)
-        for y in range(0, max(height - WINDOW, 0) + 1, WINDOW // 2)
-        for x in range(0, max(width - WINDOW, 0) + 1, WINDOW // 2)
-    ]
+    rows, columns = ([*range(0, max(n - WINDOW, 0), WINDOW // 2), max(n - WINDOW, 0)] for n in (height, width))
+    corners = [(y, x) for y in rows for x in columns]
     boxes = [(slice(y, y + WINDOW), slice(x, x + WINDOW)) for y, x in corners]
     return max(boxes, key=lambda box: int((diagnose(truth[box], labels[box]).verdicts != "found").sum()))
 

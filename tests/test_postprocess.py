@@ -298,8 +298,9 @@ def test_grow_takes_background_alone():
 def test_doubtful_nuclei_are_dropped():
     probs = {"semantic": np.where(TOUCHING == 2, 0.6, 0.9 * (TOUCHING > 0)).astype(np.float32)}
     probs["marker"] = ideal(TOUCHING)["marker"]
-    assert instances(probs, Post(min_score=0.5), HALF).max() == 3
-    found = instances(probs, Post(min_score=0.7), HALF)
+    assert instances(probs, Post(), HALF).max() == 3
+    assert instances(probs, Post(segmentation=False, min_confidence=0.95), HALF).max() == 0
+    found = instances(probs, Post(min_confidence=0.7), HALF)
     assert found.max() == 2 and not found[24, 36]
 
 

@@ -211,6 +211,20 @@ def test_weights_are_one_for_each_checkpoint(tmp_path):
         load_segmenter([tmp_path / "1.pkl"], config)
 
 
+def test_other_colours_are_views_of_rgb_alone(tmp_path):
+    save(tmp_path / "1.pkl", "unet", 1, pre={"color_space": "lab"})
+    for views in (("gray",), ("flips*equalize",)):
+        with pytest.raises(ValueError, match="views of other colours"):
+            load_segmenter([tmp_path / "1.pkl"], Config.model_validate({"valid": {"test_time_augment": views}}))
+
+
+def test_networks_that_want_nuclei_of_another_size_make_no_ensemble(tmp_path):
+    save(tmp_path / "1.pkl", "unet", 1)
+    save(tmp_path / "2.pkl", "unet", 2, pre={"nucleus_diameter": 28})
+    with pytest.raises(ValueError, match="no ensemble"):
+        load_segmenter([tmp_path / "1.pkl", tmp_path / "2.pkl"], Config())
+
+
 def test_same_image_same_maps():
     torch.manual_seed(0)
     model = build_model("camunet", dropout=0.5).eval()

@@ -352,6 +352,8 @@ def test_tune_refuses_in_one_line(data, trained, tmp_path, capsys):
     for options, words in (
         (["--set", "dataset.cv_ratio=0", "--data", str(data / "train")], "no validation image"),
         (["nowhere.pkl"], "no such checkpoint"),
+        (["--dry-run", "--export", "x.pkl"], "writes nothing"),
+        ([str(trained / "best.pkl"), str(trained / "latest.pkl"), "--export", "x.pkl"], "several are named"),
     ):
         assert tune.main([*command, *options]) == 2
         assert words in capsys.readouterr().err

@@ -91,10 +91,19 @@ def test_a_choice_is_judged_once(monkeypatch):
         assert len(seen) == tuner.n_judged
 
 
-def test_a_rule_that_is_left_to_the_heads_counts_as_the_first():
-    with Tuner([case(0.5)], settings(), {"post.policy": ("ws", "rw")}) as tuner:
+def test_of_a_rule_every_value_is_tried(monkeypatch):
+    grid = {"post.policy": ("ws", "rw")}
+    with Tuner([case(0.5)], settings(), grid) as tuner:
         assert dict(tuner.start) == {"post.policy": "auto"}
-        assert dict(tuner.search()) == {"post.policy": "auto"}  # ws is no better than auto, which is ws here
+        assert dict(tuner.search()) == {"post.policy": "auto"}  # no other is better
+    monkeypatch.setattr("tuning.judge", lambda case, config: 1.0 if config.post.policy == "rw" else 0.5)
+    with Tuner([case(0.5)], settings(), grid) as tuner:
+        assert dict(tuner.search()) == {"post.policy": "rw"}
+
+
+def test_a_search_starts_between_two_values():
+    with Tuner([case(0.6)], settings(), {"param.threshold": (0.3, 0.6)}) as tuner:
+        assert dict(tuner.search()) == {"param.threshold": 0.6}
 
 
 def test_of_a_large_image_the_middle_is_judged():
@@ -109,16 +118,24 @@ def test_networks_of_an_ensemble_are_weighed():
     good, bad = case(0.5), case(0.2)
     cases = [Case("", (bad.members[0], good.members[0], bad.members[0]), good.truth)]
     with Tuner(cases, settings(), SMALL) as tuner:
-        plain = tuner.scores(tuner.start)
-        tuner.weigh()
-        ((key, weights), *_) = tuner.start
+        best = tuner.search()
+        ((key, weights), *_) = best
         assert key == "valid.ensemble_weights"
         assert weights[1] > weights[0] + weights[2]
-        assert tuner.scores(tuner.start) > plain
-        assert dict(tuner.search())[key] == weights
+        assert tuner.scores(best) > tuner.scores(tuner.start)
     with Tuner(cases, settings("valid.ensemble_weights=1,1,1"), SMALL) as tuner:
-        tuner.weigh()
-        assert tuner.weights == ()
+        assert "valid.ensemble_weights" not in dict(tuner.search())
+
+
+def test_a_left_out_kind_has_no_say_in_the_weights():
+    low, high = case(0.2, "low"), case(0.5, "high")
+    truths = [Case(kind, (low.members[0], high.members[0]), low.truth) for kind in ("one", "two")]
+    with Tuner(truths, settings(), SMALL) as tuner:
+        seen = []
+        search = tuner.search
+        tuner.search = lambda subset: seen.append(subset.tolist()) or search(subset)
+        tuner.cross_validate()
+        assert seen == [[False, True], [True, False]]
 
 
 def test_maps_are_packed_in_a_quarter_of_the_memory():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,3 +82,9 @@ def test_maps_of_an_enlarged_image_come_back_in_place(zoom, shape):
     assert back.shape == (3, *shape)
     if min(shape) > 10:
         assert np.abs(back[inner] - image.transpose(2, 0, 1)[inner]).max() < 1.5
+
+
+def test_the_settings_name_every_view():
+    text = (Path(__file__).parent.parent / "config_default.ini").read_text(encoding="utf-8")
+    comment = text[text.index("; Views averaged in prediction") : text.index("test_time_augment =")]
+    assert all(re.search(rf"\b{name}\b", comment) for name in VIEWS)
