@@ -8,7 +8,7 @@
     python prepare.py remove --source TCGA               move them to data/removed
     python prepare.py verify                             what is wrong with images and masks; data/verify.csv
     python prepare.py verify --csv labels.csv --blacklist data/blacklist.txt
-    python prepare.py stats                              intensities, sizes, nuclei by kind; data/stats.png
+    python prepare.py stats                              intensities, sizes, nuclei by kind; stats.png
     python prepare.py stats --write-config config.ini    and put mean and std into [pre] of that file
 
 DIR is in the Kaggle layout, or images with label maps, or images with outlines: <id>.xml (Aperio ImageScope),
@@ -146,7 +146,7 @@ def stats(config: Config, args: argparse.Namespace) -> int:
     mean, std = ([round(float(value), 4) for value in values] for values in channel_statistics(result.measures))
     print(f"[pre] mean = {mean}\n[pre] std = {std}")
     if not args.dry_run:
-        figure = args.figure or args.data / "stats.png"
+        figure = args.figure or Path("stats.png")
         save(histograms(series(result)), figure)
         print(f"{figure}: histograms")
     if args.write_config:
@@ -241,9 +241,7 @@ def verify_options(parser: argparse.ArgumentParser) -> None:
 
 
 def stats_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--figure", type=Path, metavar="FILE", help="histograms (default: stats.png in the data folder)"
-    )
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="histograms (default: stats.png here)")
     parser.add_argument(
         "--write-config", type=Path, metavar="FILE", help="put mean and std into [pre] of this INI file"
     )

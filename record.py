@@ -119,7 +119,7 @@ def read_table(path: str | Path) -> dict[str, dict[str, str]]:
     Raises
     ------
     ValueError
-        There is no column ``image_id``, or an id comes twice.
+        There is no column ``image_id``, an id comes twice, or a row has more cells than there are columns.
     """
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
@@ -129,6 +129,8 @@ def read_table(path: str | Path) -> dict[str, dict[str, str]]:
         for row in reader:
             if row["image_id"] in rows:
                 raise ValueError(f"{path}: line {reader.line_num}: '{row['image_id']}' comes twice")
+            if None in row:
+                raise ValueError(f"{path}: line {reader.line_num}: more cells than the {len(row) - 1} columns")
             rows[row["image_id"]] = row
     return rows
 
@@ -279,16 +281,22 @@ def split_records(
         The same seed and records give the same split.
     by : {'patient', 'image'}
         What must not be parted.
+
+    Notes
+    -----
+    What was made from images that are there counts nothing, so that adding copies or stitched images to a training set
+    does not move the images it was trained on to the other side.
     """
     rng = np.random.default_rng(seed)
+    ids = {record.id for record in records}
     valid: set[str] = set()
     for members in _stratify(records, by):
-        quota = ratio * sum(map(len, members))
-        taken = 0
+        sizes = [sum(not ids.intersection(_names(record.origin)) for record in group) for group in members]
+        quota, taken = ratio * sum(sizes), 0
         for i in rng.permutation(len(members)):
-            if taken + len(members[i]) / 2 <= quota and ratio > 0:
+            if taken + sizes[i] / 2 <= quota and ratio > 0:
                 valid.update(record.id for record in members[i])
-                taken += len(members[i])
+                taken += sizes[i]
     return [r for r in records if r.id not in valid], [r for r in records if r.id in valid]
 
 

@@ -72,7 +72,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         raise ValueError("--iou: none of the images has masks to be scored against")
 
     tally, folder, began = Tally(), args.output or Path("."), time.monotonic()
-    delivered = deliver(predict_all(records, segmenter, tally), config, args, tally)
+    delivered = deliver(predict_all(records, segmenter, tally), segmenter.config, args, tally)
     if args.csv:
         write_csv(folder / "result.csv", delivered)
         print(f"{folder / 'result.csv'}: {tally.nuclei} nuclei in {tally.images} images")

@@ -562,6 +562,21 @@ def test_without_its_origin_a_piece_would_leak(real, nuclei_data):
     assert specimens(train, table) & specimens(valid, table)
 
 
+def test_adding_copies_moves_no_original():
+    for seed in range(5):
+        records = cohort(seed)
+        copies = [derive_record(f"{r.id}_copy1", Path("x"), [r]) for r in records if r.sub_category == "HE"]
+        before = {r.id for r in split_records(records, 0.2, seed)[1]}
+        after = {r.id for r in split_records([*records, *copies], 0.2, seed)[1]}
+        assert {name for name in after if not name.endswith("_copy1")} == before
+        assert any(name.endswith("_copy1") for name in after)
+
+
+def test_a_row_with_too_many_cells_is_named(tmp_path):
+    with pytest.raises(ValueError, match="line 2: more cells than the 2 columns"):
+        read_table(write_text(tmp_path / "t.csv", "image_id,source\na,K,\n"))
+
+
 # Writing the table
 
 

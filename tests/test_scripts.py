@@ -640,9 +640,9 @@ def test_stats_prints_draws_and_keeps_the_rest_of_the_settings(tmp_path, capsys)
     (tmp_path / "mine.ini").write_text("; mine\n[train]\nn_epoch = 3 ; few\n")
     options = ["stats", "--data", "data", "--write-config", "mine.ini"]
     assert prepare.main([*options, "--dry-run"]) == 0
-    assert (tmp_path / "mine.ini").read_text().count("\n") == 3 and not (tmp_path / "data" / "stats.png").exists()
+    assert (tmp_path / "mine.ini").read_text().count("\n") == 3 and not (tmp_path / "stats.png").exists()
     assert prepare.main(options) == 0
-    assert "nuclei" in capsys.readouterr().out and (tmp_path / "data" / "stats.png").is_file()
+    assert "nuclei" in capsys.readouterr().out and (tmp_path / "stats.png").is_file()
     assert (tmp_path / "mine.ini").read_text().startswith("; mine\n[train]\nn_epoch = 3 ; few\n\n[pre]\nmean = [")
     settings = load_config("mine.ini")
     assert settings.train.n_epoch == 3 and all(0 < value < 1 for value in settings.pre.mean + settings.pre.std)
