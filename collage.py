@@ -330,7 +330,7 @@ class Canvas:
         labels[mask] = number
         for other in np.flatnonzero(hidden[1:]) + 1:
             left = self.labels[self.boxes[other - 1]] == other
-            if hidden[other] > MAX_HIDDEN * self._areas[other] or _n_pieces(left) != 1:
+            if np.count_nonzero(left) < (1 - MAX_HIDDEN) * self._areas[other] or _n_pieces(left) != 1:
                 labels[:] = before
                 return False
         self.boxes.append(_box_of(mask, window[0].start, window[1].start))
