@@ -219,11 +219,13 @@ def tuned_values(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def slim(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint with what prediction needs alone, its weights (the averaged ones) in half precision.
 
-    Norms and biases stay as they are: a running variance may be beyond the range of half precision.
+    Norms and biases stay as they are: a running variance may be beyond the range of half precision. Which images it was
+    trained on, and where they lay, is left out.
     """
     weights = checkpoint.get("average") or checkpoint["weights"]
     small = {name: value.half() if value.numel() > 2**12 else value for name, value in weights.items()}
     kept = {key: checkpoint[key] for key in ("model", "options", "epoch", "scores", "config") if key in checkpoint}
+    kept["config"] = {name: values for name, values in checkpoint["config"].items() if name != "dataset"}
     found = checkpoint.get("tuned", {}).get(fingerprint([checkpoint]))
     new = {"format": CHECKPOINT_FORMAT, **kept, "weights": small}
     return new | ({"tuned": {fingerprint([new]): found}} if found else {})
