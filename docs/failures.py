@@ -1,4 +1,4 @@
-"""Draw the outlines of the nuclei that were drawn worst, of each kind of image: green true, red found, yellow both.
+"""Draw the outlines of the nuclei that were drawn worst, of each kind of image: blue true, orange found, yellow both.
 
     python docs/failures.py docs/failures.png weights/default.pkl DATA
 
