@@ -328,7 +328,7 @@ def draw_four(touching: bool) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def overfit(name: str, n_steps: int, rate: float = 0.004) -> tuple[float, float, float]:
     """First and last loss on four images, and the mean AP at IoU 0.5 on them."""
-    config = Config.model_validate({"valid": {"test_time_augment": (), "border": 0}})
+    config = Config.model_validate({"valid": {"test_time_augment": (), "border": 0}, "pre": {"nucleus_diameter": 0}})
     model = fresh(name).train()
     model.freeze(False)  # as `train.py` does where an encoder starts without weights
     if getattr(model.encoder, "name", "") == "efficientnet_lite0":

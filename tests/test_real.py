@@ -92,11 +92,14 @@ def test_the_metric_is_the_competitions(label_maps):
 def test_perfect_maps_give_the_nuclei_back(label_maps, policy, marker):
     config = load_config(overrides=[f"post.policy={policy}", f"post.marker={marker}"])
     plan = plan_targets(("semantic", "contour", "marker"), config.pre, config.contour)
-    scores = []
+    every = config.post.model_copy(update={"min_object_share": 0.0})
+    scores: dict[str, list[float]] = {"every nucleus": [], "without specks": []}
     for labels in label_maps.values():
         probs = {head: value[0] for head, value in make_targets(labels, plan).items()}
-        scores.append(average_precision(labels, instances(probs, config.post, config.thresholds)).mean())
-    assert np.mean(scores) > 0.93
+        for post, found in zip((every, config.post), scores.values(), strict=True):
+            found.append(average_precision(labels, instances(probs, post, config.thresholds)).mean())
+    assert np.mean(scores["every nucleus"]) > 0.93
+    assert np.mean(scores["without specks"]) > 0.9  # some true nuclei are small beside their neighbours
 
 
 @pytest.fixture(scope="module")
