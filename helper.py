@@ -210,12 +210,6 @@ def fingerprint(checkpoints: Sequence[Mapping[str, Any]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def tuned_values(checkpoints: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What ``tune.py`` found for just these weights together, ``section.key`` -> value; empty where it was not run."""
-    found = checkpoints[0].get("tuned", {})
-    return dict(found[key]["values"]) if found and (key := fingerprint(checkpoints)) in found else {}
-
-
 def slim(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint with what prediction needs alone, its weights (the averaged ones) in half precision.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from config import CHECKPOINT_KEYS, Config, Valid
 from detector import MaskRCNN
-from helper import autocast, fingerprint, load_checkpoint, pick_device, pick_precision, tuned_values
+from helper import autocast, fingerprint, load_checkpoint, pick_device, pick_precision
 from labels import typical_diameter
 from model import load_model, memory_format, place
 from network import HEAD_CHANNELS, Network
@@ -91,7 +91,7 @@ class Segmenter:
         """As `probs`, of each network."""
         zoomed = zoom_image(image, self.zoom(image))
         members = self._predict(zoomed, self.config.valid)
-        return [{head: _fit(maps, image.shape[:2]) for head, maps in each.items()} for each in members]
+        return [{head: unzoom_maps(maps, image.shape[:2]) for head, maps in each.items()} for each in members]
 
     def _predict(self, image: NDArray[np.uint8], valid: Valid) -> list[dict[str, NDArray[np.float32]]]:
         members = predict_each(image, self.networks, valid, self.config.width, self.device, self.precision)
@@ -101,7 +101,8 @@ class Segmenter:
 
     def _merge(self, members: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
         valid = self.config.valid
-        return merge(members, self.config.thresholds, valid.ensemble, valid.ensemble_weights)
+        weights = valid.ensemble_weights if len(members) > 1 else ()  # a network in training is alone, whatever is set
+        return merge(members, self.config.thresholds, valid.ensemble, weights)
 
     def zoom(self, image: NDArray[np.uint8]) -> float:
         """How many times to enlarge an (H, W, 3) uint8 image, so that its nuclei are of the size networks know best.
@@ -139,7 +140,9 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
     """
     checkpoints = [load_checkpoint(path) for path in paths]
     configs = [config.inherit(checkpoint["config"], CHECKPOINT_KEYS) for checkpoint in checkpoints]
-    config = configs[0].suggest(tuned_values(checkpoints)) if tuned else configs[0]
+    known_by = fingerprint(checkpoints)
+    found = checkpoints[0].get("tuned", {}).get(known_by)
+    config = configs[0].suggest(found["values"]) if tuned and found else configs[0]
     for path, other in zip(paths, configs, strict=True):
         theirs, ours = ((c.pre.policy, c.pre.nucleus_diameter) for c in (other, configs[0]))
         if theirs != ours:
@@ -159,7 +162,7 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
         elif not other.contour.detect:
             network.active = tuple(head for head in network.heads if head != "contour")
     precision = pick_precision(config.train.precision, device)
-    return Segmenter(networks, config, device, precision, checkpoints[0]["config"], fingerprint(checkpoints))
+    return Segmenter(networks, config, device, precision, checkpoints[0]["config"], known_by)
 
 
 @torch.inference_mode()
@@ -240,11 +243,6 @@ def _predict_views(
             probs = {head: torch.sigmoid(logits[head].float()).cpu().numpy() for head in network.active}
             for i, view in enumerate(some):
                 yield view, {head: value[i] for head, value in probs.items()}
-
-
-def _fit(maps: NDArray[np.float32], shape: tuple[int, int]) -> NDArray[np.float32]:
-    """Bring (H, W) or (C, H, W) maps to the (height, width) of the image."""
-    return unzoom_maps(maps, shape) if maps.ndim == 3 else unzoom_maps(maps[None], shape)[0]
 
 
 def _pad(image: NDArray[np.uint8], valid: Valid, stride: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:

@@ -165,7 +165,7 @@ def _read_all(
 
 def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: torch.device, precision: torch.dtype):
     """network -> competition score, and pixel IoU of each head, on the validation images, one look at each."""
-    valid = config.valid.model_copy(update={"test_time_augment": (), "ensemble_weights": ()})
+    valid = config.valid.model_copy(update={"test_time_augment": ()})
     once = config.model_copy(update={"valid": valid, "pre": config.pre.model_copy(update={"nucleus_diameter": 0.0})})
 
     def evaluate(model: Network) -> dict[str, float]:
@@ -192,9 +192,7 @@ def _rehearse(trainer: Trainer) -> None:
     """Make one sample and separate one blank image, so that a wrong name in the settings is known before anything
     else."""
     trainer.loader.dataset.item(0, 0)
-    alone = trainer.config.valid.model_copy(update={"ensemble_weights": ()})
-    config = trainer.config.model_copy(update={"valid": alone})
-    Segmenter([trainer.average], config, trainer.device, torch.float32)(np.zeros((32, 32, 3), np.uint8))
+    Segmenter([trainer.average], trainer.config, trainer.device, torch.float32)(np.zeros((32, 32, 3), np.uint8))
 
 
 def _initialize(model: Network, path: Path) -> list[str]:

@@ -102,11 +102,12 @@ def zoom_image(image: Image, zoom: float) -> Image:
 
 
 def unzoom_maps(maps: Maps, shape: tuple[int, int]) -> Maps:
-    """Bring (C, h, w) maps back to the (height, width) of the image."""
-    if maps.shape[1:] == shape:
+    """Bring (h, w) or (C, h, w) maps back to the (height, width) of the image."""
+    if maps.shape[-2:] == shape:
         return maps
-    shrinks = maps.shape[1] > shape[0]
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    if maps.ndim == 2:
+        return unzoom_maps(maps[None], shape)[0]
+    how = cv2.INTER_AREA if maps.shape[1] > shape[0] else cv2.INTER_LINEAR
     return np.stack([cast(Maps, cv2.resize(m, shape[::-1], interpolation=how)) for m in maps])
 
 
