@@ -272,6 +272,7 @@ class Post(Section):
     marker_contour: float = Field(0.0, ge=0)
     min_score: Fraction = 0.5
     min_confidence: Fraction = 0.0
+    min_quality: Fraction = 0.25
     seg_ratio: float = Field(0.8, gt=0, le=1)
     seg_scale: float = Field(0.3, gt=0)
     remove_objects: bool = True

@@ -14,18 +14,21 @@ from skimage import measure
 from skimage.feature import peak_local_max
 from skimage.segmentation import expand_labels, watershed
 
+from candidate import Forest, describe, grow_forest
 from config import Post, pick
-from labels import fill_holes, relabel, remove_fiber, remove_small, typical_area
+from labels import depth, fill_holes, relabel, remove_fiber, remove_small, typical_area
 
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.int32]
 Probs = Mapping[str, NDArray[np.float32]]
+#: Features of candidates, (N, F) as `candidate.describe` gives them, -> quality expected of each, (N,) in [0, 1].
+Opinion = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 #: Sharpness of the random walker, and the least weight of an edge; both as in scikit-image.
 WALKER_BETA, WALKER_FLOOR = 130.0, 1e-10
 
 
-def instances(probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
+def instances(probs: Probs, post: Post, thresholds: Mapping[str, float], opinion: Opinion | None = None) -> Labels:
     """Give every nucleus its own label.
 
     Parameters
@@ -36,6 +39,8 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labe
         Policy, source of the markers, and what is removed.
     thresholds : mapping
         head -> probability above which a pixel belongs.
+    opinion : callable, optional
+        For the policy ``forest``, which ``auto`` is where there is an opinion.
 
     Returns
     -------
@@ -50,7 +55,9 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labe
     mask = _above(probs, thresholds, "semantic")
     if not post.segmentation:
         return _finish(_components(mask), probs, post)
-    source, policy = _choose(post, probs)
+    source, policy = _choose(post, probs, opinion)
+    if policy == "forest":
+        return _finish(separate_forest(mask, probs, post, opinion), probs, post)
     markers = pick(MARKERS, source, "source of markers")(mask, probs, post, thresholds)
     markers = _add_lonely(mask, markers)
     return _finish(pick(POLICIES, policy, "policy")(mask, markers, probs), probs, post)
@@ -128,9 +135,11 @@ def clean(labels: Labels, post: Post) -> Labels:
     return relabel(labels)
 
 
-def _choose(post: Post, probs: Probs) -> tuple[str, str]:
+def _choose(post: Post, probs: Probs, opinion: Opinion | None = None) -> tuple[str, str]:
     """Source of the markers and policy, where the settings leave them to the heads there are."""
     source, policy = post.marker, post.policy
+    if policy == "auto" and opinion is not None and source != "color":
+        policy = "forest"
     if source == "auto":
         source = "color" if policy == "color" else next((name for name in MARKERS if name in probs), "peak")
     if policy == "auto":
@@ -153,12 +162,16 @@ def separate_watershed(mask: Mask, markers: Labels, probs: Probs) -> Labels:
     (H, W) int32
         Every pixel of the mask that a marker reaches carries its label.
     """
+    return watershed(_elevation(probs), markers, mask=mask).astype(np.int32, copy=False)
+
+
+def _elevation(probs: Probs) -> NDArray[np.float32]:
     elevation = -probs["semantic"]
     if "contour" in probs:
         elevation = elevation + probs["contour"]
     if "distance" in probs:
         elevation = elevation - probs["distance"]
-    return watershed(elevation, markers, mask=mask).astype(np.int32, copy=False)
+    return elevation
 
 
 def separate_color(mask: Mask, markers: Labels, probs: Probs) -> Labels:
@@ -192,6 +205,57 @@ def separate_walker(mask: Mask, markers: Labels, probs: Probs) -> Labels:
     return labels
 
 
+def separate_forest(mask: Mask, probs: Probs, post: Post, opinion: Opinion | None) -> Labels:
+    """Of all the ways in which blobs fall apart the one that promises most.
+
+    A candidate is worth the quality that is expected of it less ``min_quality``: what a nucleus has to promise, as one
+    that is wrong costs precision.
+
+    Parameters
+    ----------
+    mask : (H, W) bool
+    probs : mapping
+        See `instances`.
+    post : Post
+    opinion : callable
+        See `Opinion`.
+
+    Returns
+    -------
+    (H, W) int32
+
+    Raises
+    ------
+    ValueError
+        There is no opinion.
+    """
+    if opinion is None:
+        raise ValueError("[post] policy = forest: this checkpoint has no second opinion; tune.py gives it one")
+    forest = candidates(mask, probs, post)
+    return forest.pick(opinion(describe(forest, probs)) - post.min_quality)
+
+
+def candidates(mask: Mask, probs: Probs, post: Post) -> Forest:
+    """The ways in which the blobs of a mask fall apart, by the head that tells nuclei apart best."""
+    if "marker" in probs:
+        height = np.clip(_less_contour(probs, post), 0, 1)
+    elif "distance" in probs:
+        height = probs["distance"]
+    elif "contour" in probs:
+        height = 1 - probs["contour"]
+    else:
+        inside = depth(mask.astype(np.int32))
+        height = inside / max(float(inside.max(initial=0)), 1.0)
+    return grow_forest(mask, height, _elevation(probs))
+
+
+def expected_quality(labels: Labels, probs: Probs, opinion: Opinion) -> NDArray[np.float32]:
+    """The quality expected of instances 1..N, (N,) float32 in [0, 1], whatever policy has separated them."""
+    n = int(labels.max(initial=0))
+    lone = Forest(labels, np.full(n, -1), np.arange(1, n + 1), np.zeros(n), np.zeros(n))
+    return opinion(describe(lone, probs)) if n else np.zeros(0, np.float32)
+
+
 #: (mask, markers, probs) -> labels
 POLICIES: dict[str, Callable[[Mask, Labels, Probs], Labels]] = {
     "ws": separate_watershed,
@@ -201,10 +265,15 @@ POLICIES: dict[str, Callable[[Mask, Labels, Probs], Labels]] = {
 
 
 def _markers_from_marker(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
+    return _components(mask & (_less_contour(probs, post) > thresholds["marker"]))
+
+
+def _less_contour(probs: Probs, post: Post) -> NDArray[np.float32]:
+    """The marker map, less the contour as far as the settings want it."""
     marker = _head(probs, "marker")
     if post.marker_contour and "contour" in probs:
-        marker = marker - post.marker_contour * probs["contour"]
-    return _components(mask & (marker > thresholds["marker"]))
+        marker = marker - np.float32(post.marker_contour) * probs["contour"]
+    return marker
 
 
 def _markers_from_distance(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from confidence import Opinion
 from config import CHECKPOINT_KEYS, Config, Valid
 from detector import MaskRCNN
 from helper import autocast, fingerprint, load_checkpoint, pick_device, pick_precision
@@ -49,6 +50,8 @@ class Segmenter:
         The settings that the first network was trained with, as `Config.to_dict` gives them; empty in training.
     fingerprint : str
         See `helper.fingerprint`.
+    opinion : Opinion, optional
+        What ``tune.py`` has taught it; see `confidence`.
     """
 
     networks: Sequence[Network]
@@ -57,6 +60,7 @@ class Segmenter:
     precision: torch.dtype
     saved: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    opinion: Opinion | None = None
 
     def predict(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
         """The instances of an (H, W, 3) uint8 image, (H, W) int32, and the maps they were read off, as `probs` gives
@@ -120,7 +124,8 @@ class Segmenter:
     def separate(self, probs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int32]:
         """The instances of probability maps by the rules of the settings, (H, W) int32."""
         config = self.config
-        return instances(probs, config.post, merged_thresholds(probs, config.thresholds, config.valid.ensemble))
+        thresholds = merged_thresholds(probs, config.thresholds, config.valid.ensemble)
+        return instances(probs, config.post, thresholds, self.opinion and self.opinion.judge)
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an image, (H, W) int32."""
@@ -142,7 +147,10 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
     configs = [config.inherit(checkpoint["config"], CHECKPOINT_KEYS) for checkpoint in checkpoints]
     known_by = fingerprint(checkpoints)
     found = checkpoints[0].get("tuned", {}).get(known_by)
-    config = configs[0].suggest(found["values"]) if tuned and found else configs[0]
+    config, opinion = configs[0], None
+    if tuned and found:
+        config = config.suggest(found["values"])
+        opinion = Opinion.load(found["opinion"]) if "opinion" in found else None
     for path, other in zip(paths, configs, strict=True):
         theirs, ours = ((c.pre.policy, c.pre.nucleus_diameter) for c in (other, configs[0]))
         if theirs != ours:
@@ -162,7 +170,7 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
         elif not other.contour.detect:
             network.active = tuple(head for head in network.heads if head != "contour")
     precision = pick_precision(config.train.precision, device)
-    return Segmenter(networks, config, device, precision, checkpoints[0]["config"], known_by)
+    return Segmenter(networks, config, device, precision, checkpoints[0]["config"], known_by, opinion)
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Find the thresholds and rules that separate nuclei best, and keep them with the checkpoint.
+"""Find the thresholds and rules that separate nuclei best, form a second opinion, and keep both with the checkpoint.
 
     python tune.py                                   of best.pkl, on the validation images
     python tune.py checkpoint/a.pkl checkpoint/b.pkl of that ensemble: kept in the first
@@ -6,7 +6,9 @@
     python tune.py --export weights/mine.pkl         also write a small file: the network alone, in half precision
 
 Probability maps are predicted once; `[param] threshold`, `threshold_mark` and rules of `[post]` are tried on them.
-What you set yourself (config.ini, --set) is not searched. valid.py then uses what was found, unless you set it.
+What you set yourself (config.ini, --set) is not searched. Then a second opinion learns how good each candidate for a
+nucleus is, and chooses among all ways to cut ([post] policy = forest); it is kept where, formed on other kinds of
+images, it does better than thresholds found on these. valid.py then uses what was found, unless you set it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +41,7 @@ from helper import (
 from image import ImageError, read_image, read_labels
 from predict import Segmenter, load_segmenter
 from record import load_split
-from tuning import GRID, Case, Tuner
+from tuning import GRID, WITH_OPINION, Case, Tuner, form_opinion
 
 #: Processes that judge, at most: each holds all maps.
 MOST_WORKERS = 8
@@ -58,17 +61,32 @@ def run(config: Config, args: argparse.Namespace) -> int:
     with Tuner(cases, segmenter.config, n_worker=min(os.cpu_count() or 1, len(cases), MOST_WORKERS)) as tuner:
         best = tuner.search()
         before, after, honest = tuner.scores(tuner.start), tuner.scores(best), tuner.cross_validate()
-    print(format_gain([case.kind for case in cases], before, after, honest))
-    changed = {key: value for key, value in best if value != dict(tuner.start).get(key)}
+    columns = {"before": before, "tuned": after, "tuned on other kinds": honest}
+    found: dict[str, Any] = {"values": dict(best)}
+    if wants_opinion(config):
+        advised = segmenter.config.suggest(dict(best) | WITH_OPINION)
+        opinion, images, kinds = form_opinion(cases, advised)
+        columns |= {"opinion of other images": images, "of other kinds": kinds}
+        if kinds.mean() > honest.mean():
+            found = {"values": dict(best) | WITH_OPINION, "opinion": opinion.state_dict()}
+            after, honest = images, kinds
+    print(format_gain([case.kind for case in cases], columns))
+    changed = {key: value for key, value in found["values"].items() if value != dict(tuner.start).get(key)}
     print("\n".join(f"{key} = {value}" for key, value in changed.items()) or "nothing to change")
     print(
-        f"{len(cases)} images predicted in {predicted - began:.0f} s, {tuner.n_judged} choices judged in "
-        f"{time.monotonic() - predicted:.0f} s"
+        f"{len(cases)} images predicted in {predicted - began:.0f} s, {tuner.n_judged} choices judged"
+        f"{' and a second opinion formed' if 'opinion' in found else ''} in {time.monotonic() - predicted:.0f} s"
     )
     if not args.dry_run:
-        scores = {"score": float(after.mean()), "cross_validated": float(honest.mean())}
-        keep(paths, segmenter.fingerprint, chosen(segmenter.config) | dict(best), scores, args.export)
+        found["values"] |= chosen(segmenter.config)
+        found["scores"] = {"score": float(after.mean()), "cross_validated": float(honest.mean())}
+        keep(paths, segmenter.fingerprint, found, args.export)
     return 0
+
+
+def wants_opinion(config: Config) -> bool:
+    """Whether the settings leave it to the search how nuclei are separated."""
+    return not {"post.policy", "post.marker"} & config.user_set or config.post.policy == "forest"
 
 
 def refuse_nonsense(config: Config, args: argparse.Namespace, paths: Sequence[Path]) -> None:
@@ -84,7 +102,14 @@ def refuse_nonsense(config: Config, args: argparse.Namespace, paths: Sequence[Pa
 
 def chosen(config: Config) -> dict[str, object]:
     """What the user has set and the search took for granted."""
-    keys = {*GRID, *CHECKPOINT_KEYS, "valid.ensemble", "valid.ensemble_weights"} & config.user_set
+    keys = {
+        *GRID,
+        *WITH_OPINION,
+        *CHECKPOINT_KEYS,
+        "post.min_quality",
+        "valid.ensemble",
+        "valid.ensemble_weights",
+    } & config.user_set
     dump = config.to_dict()
     return {key: dump[key.split(".")[0]][key.split(".")[1]] for key in sorted(keys)}
 
@@ -110,32 +135,28 @@ def predict_cases(segmenter: Segmenter, config: Config, data: Path) -> list[Case
     return cases
 
 
-def format_gain(
-    kinds: Sequence[str], before: NDArray[np.float64], after: NDArray[np.float64], honest: NDArray[np.float64]
-) -> str:
-    """A table of scores by kind: as it was, as tuned, and tuned on the other kinds alone."""
+def format_gain(kinds: Sequence[str], columns: Mapping[str, NDArray[np.float64]]) -> str:
+    """A table of scores by kind; a column the scores of all images in some way."""
     names, kind = sorted(set(kinds)), np.array(kinds)
     rows = [(name or "uncategorised", kind == name) for name in names] + [("all", np.ones(len(kind), bool))]
-    lines = [f"{'category':<20}{'images':>7}{'before':>9}{'tuned':>9}{'tuned on other kinds':>22}"]
+    lines = [f"{'category':<20}{'images':>7}" + "".join(f"  {title:>8}" for title in columns)]
     for name, mine in rows:
-        scores = f"{before[mine].mean():>9.4f}{after[mine].mean():>9.4f}{honest[mine].mean():>22.4f}"
-        lines.append(f"{name:<20}{mine.sum():>7}{scores}")
+        scores = (f"  {values[mine].mean():>{max(len(title), 8)}.4f}" for title, values in columns.items())
+        lines.append(f"{name:<20}{mine.sum():>7}" + "".join(scores))
     return "\n".join(lines)
 
 
 def keep(
     paths: Sequence[Path],
     fingerprint_then: str,
-    values: Mapping[str, object],
-    scores: Mapping[str, float],
+    found: Mapping[str, Any],
     export: Path | None,
 ) -> None:
     """Store what was found in the first checkpoint, and write the small one where it is wanted."""
     states = [load_checkpoint(path) for path in paths]
     if fingerprint(states) != fingerprint_then:
         raise ValueError(f"{', '.join(map(str, paths))}: changed while being tuned; is a training running?")
-    found = {"values": dict(values), "scores": dict(scores)}
-    first = states[0] | {"tuned": {**states[0].get("tuned", {}), fingerprint_then: found}}
+    first = states[0] | {"tuned": {**states[0].get("tuned", {}), fingerprint_then: dict(found)}}
     save_checkpoint(paths[0], first)
     print(f"kept in {paths[0]}")
     if export is not None:

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from candidate import describe
+from confidence import Opinion, learn
 from config import Config
 from labels import relabel
 from metric import average_precision
-from postprocess import Probs, instances, merge, merged_thresholds
+from postprocess import Probs, candidates, instances, merge, merged_thresholds
 
 #: Settings that are searched, and the values tried, in this order.
 GRID: dict[str, tuple[Any, ...]] = {
@@ -33,6 +35,15 @@ GRID: dict[str, tuple[Any, ...]] = {
     "post.policy": ("ws", "rw"),
 }
 
+#: Where a second opinion is asked: a wide mask, and small objects too; what is doubtful is left to the opinion.
+WITH_OPINION: dict[str, Any] = {
+    "param.threshold": 0.45,
+    "post.marker_contour": 0.25,
+    "post.min_object_share": 0.0,
+    "post.policy": "forest",
+}
+#: Parts of the images, each judged by an opinion that was formed on the others.
+N_FOLDS = 5
 #: Side (px) of the part of an image that is judged: a large image would take as long as all others together.
 WINDOW = 512
 #: How often a network is added to the mixture of an ensemble.
@@ -70,13 +81,26 @@ class Case:
         return cls(kind, tuple(packed), relabel(truth[box]))
 
 
-def judge(case: Case, config: Config) -> float:
+def judge(case: Case, config: Config, opinion: Opinion | None = None) -> float:
     """The mean average precision of an image whose nuclei are separated by the settings."""
-    members = [{h: p.astype(np.float32) / np.float32(255) for h, p in maps.items()} for maps in case.members]
-    thresholds, valid = config.thresholds, config.valid
-    probs = merge(members, thresholds, valid.ensemble, valid.ensemble_weights)
-    labels = instances(probs, config.post, merged_thresholds(probs, thresholds, valid.ensemble))
+    probs, thresholds = _unpack(case, config)
+    labels = instances(probs, config.post, thresholds, opinion and opinion.judge)
     return float(average_precision(case.truth, labels).mean())
+
+
+def examine(case: Case, config: Config) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """The candidates of an image: what is known of each, (N, F), and its IoU with the truth, (N,)."""
+    probs, thresholds = _unpack(case, config)
+    forest = candidates(probs["semantic"] > thresholds["semantic"], probs, config.post)
+    return describe(forest, probs), forest.overlaps(case.truth)
+
+
+def _unpack(case: Case, config: Config) -> tuple[Probs, dict[str, float]]:
+    """The maps of all networks together, and their thresholds."""
+    members = [{h: p.astype(np.float32) / np.float32(255) for h, p in maps.items()} for maps in case.members]
+    valid = config.valid
+    probs = merge(members, config.thresholds, valid.ensemble, valid.ensemble_weights)
+    return probs, merged_thresholds(probs, config.thresholds, valid.ensemble)
 
 
 @dataclass
@@ -209,6 +233,40 @@ class Tuner:
         for kind in np.unique(kinds) if len(np.unique(kinds)) > 1 else ():
             scores[kinds == kind] = self.scores(self.search(kinds != kind))[kinds == kind]
         return scores
+
+
+def form_opinion(
+    cases: Sequence[Case], config: Config, seed: int = 1
+) -> tuple[Opinion, NDArray[np.float64], NDArray[np.float64]]:
+    """A second opinion formed on all images, and what to expect of it.
+
+    Parameters
+    ----------
+    cases : sequence of Case
+    config : Config
+        Should hold what `WITH_OPINION` says.
+    seed : int
+
+    Returns
+    -------
+    opinion : Opinion
+    images, kinds : (N,) float64
+        The score of each image by an opinion formed on other images, and on images of other kinds alone.
+    """
+    known = [examine(case, config) for case in cases]
+    features, ious = [x for x, _ in known], [y for _, y in known]
+    folds = np.random.default_rng(seed).permutation(len(cases)) % min(N_FOLDS, len(cases))
+    kinds = np.unique([case.kind for case in cases], return_inverse=True)[1]
+    scores = []
+    for groups in (folds, kinds if kinds.any() else folds):
+        score = np.zeros(len(cases))
+        for group in np.unique(groups):
+            mine = np.flatnonzero(groups == group).tolist()
+            others = np.flatnonzero(groups != group).tolist() or mine
+            opinion = learn([features[i] for i in others], [ious[i] for i in others], seed)
+            score[mine] = [judge(cases[i], config, opinion) for i in mine]
+        scores.append(score)
+    return learn(features, ious, seed), scores[0], scores[1]
 
 
 _cases: Sequence[Case] = ()

@@ -12,11 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("collage", "color", "config", "files", "labels", "network", "stain"),
     (
-        "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
+        "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "candidate",
         "tile", "annotation", "synthetic", "footprint", "helper", "view",
         "outline", "likeness", "download",
     ),
-    ("dataset", "link", "piece", "plot", "score", "stitching", "collect", "audit", "survey"),
+    (
+        "postprocess", "confidence", "dataset", "link", "piece", "plot", "score", "stitching", "collect", "audit",
+        "survey",
+    ),
     ("model", "tuning"),
     ("predict", "trainer", "report"),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),
@@ -31,6 +34,7 @@ WITHOUT_TORCH = (
     "record",
     "target",
     "metric",
+    "candidate",
     "postprocess",
     "tile",
     "annotation",

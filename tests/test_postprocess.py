@@ -7,10 +7,11 @@ import pytest
 from scipy import ndimage as ndi
 from skimage.segmentation import random_walker
 
+from candidate import FEATURES
 from config import Post
 from labels import color
 from metric import average_precision
-from postprocess import MARKERS, POLICIES, instances, separate_walker
+from postprocess import MARKERS, POLICIES, candidates, expected_quality, instances, separate_walker
 from synthetic import draw_sample
 from target import make_targets
 
@@ -319,3 +320,65 @@ def test_specks_beside_large_nuclei_are_dropped():
     assert instances(flat(mask), Post(marker="peak", min_object_share=0), HALF).max() == 3
     assert instances(flat(mask), Post(marker="peak"), HALF).max() == 2
     assert instances(flat(mask[38:]), Post(marker="peak"), HALF).max() == 1  # alone it is a nucleus
+
+
+def two_disks() -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Maps of two nuclei that the marker head sees as one below 0.8, and the truth."""
+    y, x = np.indices((40, 60))
+    disks = [np.hypot(y - 20, x - cx) for cx in (20, 38)]
+    truth = np.where(disks[0] <= 10, 1, np.where(disks[1] <= 10, 2, 0)).astype(np.int32)
+    marker = np.clip(1 - np.minimum(*disks) / 40, 0, 1).astype(np.float32)
+    return {"semantic": (truth > 0).astype(np.float32), "marker": marker}, truth
+
+
+def likes(feature: str, value: float):
+    """An opinion that thinks best of candidates of that value."""
+    column = FEATURES.index(feature)
+    return lambda features: np.exp(-abs(features[:, column] - np.float32(value)))
+
+
+def test_the_opinion_decides_what_is_one_nucleus():
+    probs, truth = two_disks()
+    assert instances(probs, Post(), HALF).max() == 1
+    apart = instances(probs, Post(), HALF, likes("log_atoms", 0))
+    assert average_precision(truth, apart).mean() > 0.9
+    assert instances(probs, Post(), HALF, likes("log_atoms", np.log(2))).max() == 1
+
+
+def test_what_promises_too_little_is_dropped():
+    probs, _ = two_disks()
+    assert not instances(probs, Post(min_quality=0.5), HALF, lambda features: np.full(len(features), 0.4)).any()
+
+
+def test_a_policy_that_is_named_asks_for_no_opinion():
+    probs, _ = two_disks()
+    assert instances(probs, Post(policy="ws"), HALF, likes("log_atoms", 0)).max() == 1
+
+
+def test_a_forest_wants_an_opinion():
+    probs, _ = two_disks()
+    with pytest.raises(ValueError, match="no second opinion; tune.py"):
+        instances(probs, Post(policy="forest"), HALF)
+
+
+@pytest.mark.parametrize("head", ["distance", "contour", None])
+def test_candidates_come_from_whatever_tells_nuclei_apart(head):
+    probs, truth = two_disks()
+    marker = probs.pop("marker")
+    if head is not None:
+        probs[head] = marker if head == "distance" else 1 - marker
+    found = candidates(truth > 0, probs, Post())
+    assert len(found) == 3
+    assert found.overlaps(truth)[1:].min() > 0.9
+
+
+def test_each_instance_has_an_expected_quality():
+    probs, truth = two_disks()
+    truth[truth == 2] = 0
+    truth[30:34, 50:54] = 2
+    expected = expected_quality(truth, probs, likes("solidity", 1))
+    assert expected.shape == (2,)
+    assert np.array_equal(
+        expected_quality(truth, probs, lambda features: features[:, FEATURES.index("log_area")]) > 4, [1, 0]
+    )
+    assert expected_quality(np.zeros_like(truth), probs, likes("solidity", 1)).shape == (0,)

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage as ndi
 
 from config import Config, load_config
-from tuning import WINDOW, Case, Tuner, judge
+from tuning import WINDOW, WITH_OPINION, Case, Tuner, form_opinion, judge
 
 SHAPE = (64, 80)
 SMALL = {"param.threshold": (0.3, 0.4, 0.5, 0.6, 0.7), "post.min_object_size": (0, 12, 30)}
@@ -143,3 +143,26 @@ def test_maps_are_packed_in_a_quarter_of_the_memory():
     packed = Case.pack("", [probs], np.zeros(SHAPE, np.int32))
     assert packed.members[0]["semantic"].nbytes * 4 == probs["semantic"].nbytes
     assert np.abs(packed.members[0]["semantic"] / 255 - probs["semantic"]).max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_second_opinion_is_judged_on_what_it_has_not_seen(monkeypatch):
+    monkeypatch.setattr("confidence.N_STEPS", 200)
+    cases = [case(0.5, kind, seed, specks=True) for kind in ("one", "two") for seed in range(3)]
+    config = settings("post.min_object_size=0", "post.min_object_share=0", "param.threshold=0.5")
+    opinion, images, kinds = form_opinion(cases, config.suggest(WITH_OPINION))
+    plain = np.array([judge(one, config) for one in cases])
+    assert plain.max() < 0.6  # specks are taken for nuclei
+    assert images.min() > 0.95 and kinds.min() > 0.95
+    again = case(0.5, "three", 7, specks=True)
+    assert judge(again, config.suggest(WITH_OPINION), opinion) > 0.95
+
+
+def test_an_opinion_formed_on_one_kind_knows_nothing_of_another(monkeypatch):
+    seen = []
+    monkeypatch.setattr("tuning.learn", lambda features, ious, seed: seen.append([len(x) for x in ious]))
+    monkeypatch.setattr("tuning.judge", lambda case, config, opinion: 0.0)
+    cases = [case(0.5, "few"), case(0.5, "many", specks=True)]
+    form_opinion(cases, settings())
+    few, many = seen[-1]
+    assert few < many
+    assert seen[2:4] == [[many], [few]]  # by kinds, each on the other
