@@ -76,7 +76,7 @@ def download(config: Config, args: argparse.Namespace) -> int:
 
 def add(config: Config, args: argparse.Namespace) -> int:
     """Copy labelled images into the data set, book them in its CSV; what is there already, by content, is skipped."""
-    sources = find_sources(args.folder, args.outlines)
+    sources, unused = find_sources(args.folder, args.outlines)
     own = args.folder / "dataset.csv"
     if args.source is None and not own.is_file():
         raise ValueError(f"--source: wanted a name for where these images come from, as {own} does not say")
@@ -95,6 +95,7 @@ def add(config: Config, args: argparse.Namespace) -> int:
         policy=config.pre.policy,
         dry_run=args.dry_run,
     )
+    outcome.refused = unused + outcome.refused
     would = "would be " if args.dry_run else ""
     n_outlines = sum(len(found.outlines) + len(found.refused) for _, found in sources if found)
     print(f"{args.folder}: {len(sources)} images" + (f", {n_outlines} outlines" if n_outlines else ""))

@@ -64,11 +64,16 @@ class Record:
 
     @property
     def patients(self) -> tuple[str, ...]:
-        return _names(self.patient)
+        return names_of(self.patient)
 
     @property
     def origins(self) -> tuple[str, ...]:
-        return _names(self.origin)
+        return names_of(self.origin)
+
+
+def names_of(cell: str) -> tuple[str, ...]:
+    """The names in a cell of the CSV that may hold several."""
+    return tuple(name.strip() for name in cell.split(SEPARATOR) if name.strip())
 
 
 def find_records(path: str | Path) -> list[Record]:
@@ -180,15 +185,15 @@ def derive_record(
     return Record(id, image, masks, **same, patient=SEPARATOR.join(patients), origin=SEPARATOR.join(origins))
 
 
-def book_records(path: str | Path, records: Sequence[Record], dry_run: bool = False) -> int:
-    """Add a row a record to a CSV that describes images; what is in it already stays as it is.
+def book_rows(path: str | Path, rows: Mapping[str, Mapping[str, str]], dry_run: bool = False) -> int:
+    """Add rows to a CSV that describes images; what is in it already stays as it is.
 
     Parameters
     ----------
     path : path
         Made where it is missing; a column that is missing is added.
-    records : sequence of Record
-        Those that are booked already are passed over.
+    rows : mapping
+        Id -> column -> value, as `read_table` gives them. Ids that are booked already are passed over.
     dry_run : bool
         Write nothing.
 
@@ -200,24 +205,34 @@ def book_records(path: str | Path, records: Sequence[Record], dry_run: bool = Fa
     Raises
     ------
     ValueError
-        The CSV describes another image under the id of one of them.
+        The CSV describes another image under one of the ids.
     """
     path = Path(path)
-    table = read_table(path) if path.is_file() else {}
-    fresh = []
-    for record in records:
-        booked = (table.get(record.id) or {}).get("origin") or ""
-        if record.id not in table:
-            fresh.append(record)
-        elif booked != record.origin:
-            raise ValueError(
-                f"{path}: '{record.id}' is there with the origin '{booked}', not '{record.origin}'; rename that image"
-            )
-    if not fresh or dry_run:
-        return len(fresh)
-    new = {r.id: {"image_id": r.id, **{column: getattr(r, column) for column in CSV_COLUMNS}} for r in fresh}
-    write_table(path, table | new)
-    return len(fresh)
+    table: dict[str, Mapping[str, str]] = dict(read_table(path)) if path.is_file() else {}
+    for name, row in rows.items():
+        if clash := find_clash(table, name, row):
+            raise ValueError(f"{path}: {clash}")
+    blank = dict.fromkeys(CSV_COLUMNS, "")
+    new = {name: {"image_id": name, **blank, **row} for name, row in rows.items() if name not in table}
+    if new and not dry_run:
+        write_table(path, table | new)
+    return len(new)
+
+
+def find_clash(table: Mapping[str, Mapping[str, str]], name: str, row: Mapping[str, str]) -> str:
+    """Why a row cannot stand for the one of that id in the table, as it is of another image; empty where it can."""
+    if name not in table or "origin" not in row:
+        return ""
+    booked, wanted = table[name].get("origin") or "", row["origin"] or ""
+    if booked == wanted:
+        return ""
+    return f"'{name}' is there with the origin '{booked}', not '{wanted}'; rename that image"
+
+
+def book_records(path: str | Path, records: Sequence[Record], dry_run: bool = False) -> int:
+    """Add a row a record to a CSV that describes images, as `book_rows` does."""
+    rows = {r.id: {"image_id": r.id, **{column: getattr(r, column) for column in CSV_COLUMNS}} for r in records}
+    return book_rows(path, rows, dry_run)
 
 
 def read_ids(path: str | Path) -> set[str]:
@@ -291,7 +306,7 @@ def split_records(
     ids = {record.id for record in records}
     valid: set[str] = set()
     for members in _stratify(records, by):
-        sizes = [sum(not ids.intersection(_names(record.origin)) for record in group) for group in members]
+        sizes = [sum(not ids.intersection(names_of(record.origin)) for record in group) for group in members]
         quota, taken = ratio * sum(sizes), 0
         for i in rng.permutation(len(members)):
             if taken + sizes[i] / 2 <= quota and ratio > 0:
@@ -552,10 +567,6 @@ def count_by(records: Iterable[Record], key: Callable[[Record], str] = lambda r:
 def format_counts(records: Iterable[Record]) -> str:
     """How many records there are of each kind, to print."""
     return ", ".join(f"{name or 'uncategorised'} {n}" for name, n in count_by(records).items())
-
-
-def _names(cell: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in cell.split(SEPARATOR) if name.strip())
 
 
 def _list_values(records: Iterable[Record], column: str) -> str:
