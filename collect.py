@@ -94,6 +94,11 @@ def records_in(folder: Path) -> list[Record]:
         return []
 
 
+def ids_in(data: Path) -> set[str]:
+    """Ids of all images of the data set, whatever the settings make of them."""
+    return {record.id for folder in sides_of(data).values() for record in records_in(folder)}
+
+
 def find_sources(folder: Path, outlines: Path | None = None) -> tuple[list[Source], list[str]]:
     """The images of a folder, and a line for each file of outlines that says nothing of them.
 

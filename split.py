@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from config import Config
+from division import divide_records, join_records
 from files import replacing
 from helper import make_parser, run_script
 from link import add_links, finish_links, link_record
@@ -27,10 +29,8 @@ from record import (
     book_records,
     copy_records,
     describe_records,
-    divide_records,
     find_records,
     format_counts,
-    join_records,
     load_records,
     read_table,
     table_path,
@@ -44,14 +44,14 @@ def run(config: Config, args: argparse.Namespace) -> int:
         return 0
     records = load_records(args.folder, args.data, config.dataset)
     broken = [record.problem for record in records if record.problem]
-    if broken and config.dataset.on_bad == "refuse":
-        raise ValueError(f"{broken[0]}; [dataset] on_bad = skip leaves such images out")
     records = [record for record in records if not record.problem]
+    if not records:
+        raise ValueError(f"{broken[0]}; {args.folder} has no other image")
     copied = (oversample if args.oversample else divide)(records, sides, config, args)
     if copied:
         print(f"{copied} files were copied: {args.folder} and {args.data} do not share a drive that can link")
     for problem in broken:
-        print(f"skipped: {problem}", file=sys.stderr)
+        print(f"refused: {problem}", file=sys.stderr)
     return 3 if broken else 0
 
 
@@ -62,11 +62,13 @@ def divide(records: list[Record], sides: dict[str, Path], config: Config, args: 
             raise ValueError(
                 f"{folder} is not empty; delete it first (hard links: the originals stay), or add by --oversample"
             )
-    copied = 0
-    for folder, members in zip(sides.values(), divide_records(records, config.dataset), strict=True):
-        if members and not args.dry_run:
-            with replacing(folder) as stage:
+    copied, divided = 0, list(zip(sides.values(), divide_records(records, config.dataset), strict=True))
+    with ExitStack() as stack:  # both are complete before either appears
+        for folder, members in divided:
+            if members and not args.dry_run:
+                stage = stack.enter_context(replacing(folder))
                 copied += sum(link_record(record, args.folder, stage) for record in members)
+    for folder, members in divided:
         print(f"{folder}: {len(members)} images ({format_counts(members)})" if members else f"{folder}: none")
     return copied
 

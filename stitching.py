@@ -14,6 +14,7 @@ from PIL import Image
 
 from annotation import write_masks
 from collage import mirror_tile, paste_nuclei
+from config import Policy
 from files import replacing
 from image import read_image, read_labels
 from labels import adjacency, relabel, remove_small, split_fragments
@@ -142,7 +143,7 @@ def plan_stitches(records: Sequence[Record], n: int, seed: int, mix: bool = Fals
     return plans
 
 
-def make_stitch(plan: Plan, width: int, policy: tuple[Sequence[int], tuple[float, float]]) -> Stitch:
+def make_stitch(plan: Plan, width: int, policy: Policy) -> Stitch:
     """Make an image: a window of the mirrored plane of the base, and nuclei pasted against those that are there.
 
     Parameters
@@ -150,8 +151,8 @@ def make_stitch(plan: Plan, width: int, policy: tuple[Sequence[int], tuple[float
     plan : Plan
     width : int
         Side of the image in pixels.
-    policy : tuple
-        Channels and percentiles, as `image.read_image` takes them.
+    policy : Policy
+        How to read the images: `Policy.stored`, as what is made is stored and read like any other.
 
     Raises
     ------
@@ -190,9 +191,7 @@ def format_summaries(summaries: Sequence[Summary]) -> str:
     return "\n".join(lines)
 
 
-def _read(
-    record: Record, policy: tuple[Sequence[int], tuple[float, float]]
-) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+def _read(record: Record, policy: Policy) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     assert record.masks is not None
     image = read_image(record.image, *policy)
     return image, read_labels(record.masks, image.shape[:2])
