@@ -15,10 +15,12 @@ from division import (
     fold_records,
     format_epoch,
     group_records,
+    join_records,
     leave_out_records,
     load_split,
     split_by_ids,
     split_records,
+    training_records,
 )
 from record import (
     Record,
@@ -342,3 +344,57 @@ def test_adding_copies_moves_no_original():
         after = {r.id for r in split_records([*records, *copies], 0.2, seed)[1]}
         assert {name for name in after if not name.endswith("_copy1")} == before
         assert any(name.endswith("_copy1") for name in after)
+
+
+# What joins a split, and what may be trained on
+
+
+@pytest.mark.parametrize("how", ["valid_ids", "cv_folds", "leave_out"])
+def test_strangers_are_divided_with_what_is_there(tmp_path, how):
+    listed = write_text(tmp_path / "ids.txt", "1\n2\n")
+    way = options(**{how: {"valid_ids": listed, "cv_folds": 3, "leave_out": "HE"}[how]})
+    records = plain(*map(str, range(9)), sub_category="F") + plain("h", "i", sub_category="HE")
+    train, valid = divide_records(records, way)
+    new = plain("new", sub_category="F")
+    more, held = join_records([*records, *new], train, valid, way)
+    assert ids(more) + ids(held) == ["new"]
+    assert how == "cv_folds" or not held
+
+
+def test_what_may_be_trained_on_is_what_training_takes(tmp_path):
+    touch(tmp_path, *(f"train/{i}.png" for i in range(20)), "train/piece.png")
+    held = load_split(tmp_path, options(cv_ratio=0.2))[1]
+    origin = next(record.id for record in held)
+    write_text(tmp_path / "dataset.csv", f"image_id,origin\npiece,{origin}\n")
+    train, valid = load_split(tmp_path, options(cv_ratio=0.2))
+    free, out = training_records(tmp_path / "train", tmp_path, options(cv_ratio=0.2))
+    assert ids(free) == ids(train) and ids(out) == ids(valid) and "piece" in ids(out)
+
+
+@pytest.mark.parametrize("how", [{}, {"cv_folds": 2}, {"sub_category": "F"}])
+def test_kin_of_the_validation_folder_are_never_trained_on(tmp_path, how):
+    touch(
+        tmp_path, *(f"train/{name}.png" for name in "abcd"), "valid/v.png", "other/v.png", "other/a.png", "other/x.png"
+    )
+    rows = ["a,F,1", "b,F,2", "c,F,3", "d,F,4", "v,HE,2", "x,F,2"]
+    write_text(tmp_path / "dataset.csv", "image_id,sub_category,patient\n" + "\n".join(rows) + "\n")
+    free, out = training_records(tmp_path / "train", tmp_path, options(**how))
+    assert "b" in ids(out) and free and not set(ids(free)) & set(ids(out))
+    free, out = training_records(tmp_path / "other", tmp_path, options(**how))
+    assert set(ids(free)) <= {"a"} and {"x"} <= set(ids(out))
+
+
+def test_another_folder_gives_nothing_of_what_training_validates(tmp_path):
+    names = [str(i) for i in range(20)]
+    touch(tmp_path, *(f"train/{name}.png" for name in names), *(f"source/{name}.png" for name in [*names, "x"]))
+    _, valid = load_split(tmp_path, options(cv_ratio=0.2))
+    free, out = training_records(tmp_path / "source", tmp_path, options(cv_ratio=0.2))
+    assert set(ids(out)) == set(ids(valid)) and "x" in ids(free)
+
+
+def test_a_folder_alone_is_divided_as_a_data_set(tmp_path):
+    touch(tmp_path, *(f"source/{i}.png" for i in range(20)))
+    free, out = training_records(tmp_path / "source", tmp_path / "absent", options(cv_ratio=0.2))
+    assert [free, out] == list(divide_records([*free, *out], options(cv_ratio=0.2)))
+    assert len(out) == 4
+    assert training_records(tmp_path / "source", tmp_path / "absent", options(cv_ratio=0))[1] == []

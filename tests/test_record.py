@@ -21,6 +21,7 @@ from record import (
     find_records,
     read_ids,
     read_table,
+    table_path,
     write_table,
 )
 from synthetic import write_dataset
@@ -304,3 +305,18 @@ def test_a_new_table_has_all_columns(tmp_path):
     assert rows["a"]["note"] == "" and rows["b"]["note"] == "n"
     write_table(tmp_path / "t.csv", {})
     assert read_table(tmp_path / "t.csv") == {}
+
+
+def test_one_way_to_the_table(tmp_path):
+    data, images = tmp_path / "data", tmp_path / "far" / "images"
+    assert table_path(data, options()) == data / "dataset.csv"
+    assert table_path(data, options(), images) == tmp_path / "far" / "dataset.csv"
+    touch(data, "dataset.csv")
+    assert table_path(data, options(), images) == data / "dataset.csv"
+    touch(tmp_path / "far", "dataset.csv")
+    assert table_path(data, options(), images) == tmp_path / "far" / "dataset.csv"
+    assert table_path(data, options()) == data / "dataset.csv"
+    named = write_text(tmp_path / "mine.csv", "image_id\n")
+    assert table_path(data, options(csv_file=named), images) == named
+    with pytest.raises(FileNotFoundError, match="csv_file = absent.csv"):
+        table_path(data, options(csv_file="absent.csv"))
