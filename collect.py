@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from annotation import write_masks
+from annotation import write_sample
 from config import DEFAULT_POLICY, Policy
-from files import replacing
 from image import ImageError, read_image, read_labels, read_mask, read_pixels
 from labels import same_instances
 from likeness import pixel_hash
@@ -337,14 +336,13 @@ def _place(source: Source, target: Path, notes: list[str], dry_run: bool) -> int
     else:
         files = _whole_masks(record.masks, shape, notes)
     if not dry_run:
-        with replacing(target) as stage:
-            (stage / "images").mkdir(parents=True)
-            shutil.copyfile(record.image, stage / "images" / f"{target.name}{record.image.suffix.lower()}")
-            (stage / "masks").mkdir()
-            for file in files:
-                shutil.copyfile(file, stage / "masks" / file.name)
-            if labels is not None:
-                write_masks(stage, labels)
+        name = f"{target.name}{record.image.suffix.lower()}"
+        write_sample(
+            target.parent,
+            target.name,
+            lambda images: shutil.copyfile(record.image, images / name),
+            files if labels is None else labels,
+        )
     return len(files) if labels is None else int(labels.max(initial=0))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from columns import align
 from config import Dataset
 from record import (
     Record,
@@ -276,11 +277,8 @@ def format_epoch(train: Sequence[Record], valid: Sequence[Record], weights: NDAr
     held = Counter(record.sub_category for record in valid)
     rows = [(k or "uncategorised", int(n), d, held[k]) for k, n, d in zip(kinds, images, drawn, strict=True)]
     rows.append(("all", len(train), float(drawn.sum()), len(valid)))
-    width = max(len(name) for name, *_ in rows)
-    lines = [f"{'':{width}}  training  an epoch   each  validation"]
-    for name, n, d, v in rows:
-        lines.append(f"{name:{width}}  {n:8}  {d:8.0f}  {f'{d / n:.1f}x' if n else '-':>5}  {v:10}")
-    return "\n".join(lines)
+    titles = ("", "training", "an epoch", "each", "validation")
+    return align([titles, *((name, n, f"{d:.0f}", f"{d / n:.1f}x" if n else "-", v) for name, n, d, v in rows)])
 
 
 def _ties(record: Record, by: str) -> list[str]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from annotation import read_csv
 from audit import BANNED, PROBLEMS, UNUSABLE, audit, extend_blacklist, write_report
 from collect import Outcome, add_images, find_sources, ids_in, records_in, remove_images, sides_of
+from columns import align
 from config import Config, add_arguments, edit_ini, load_config
 from dataset import open_cache
 from division import load_split
@@ -151,10 +152,7 @@ def stats(config: Config, args: argparse.Namespace) -> int:
     """Describe the data set: channels, opacity, sizes and nuclei, by kind."""
     train, valid = load_split(args.data, config.dataset)
     result = survey([*train, *valid], open_cache(config, args.data))
-    rows = [COLUMNS, *table(result)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+    print(align([COLUMNS, *table(result)]))
     print("\n".join(alpha_lines(result.measures)))
     mean, std = ([round(float(value), 4) for value in values] for values in channel_statistics(result.measures))
     print(f"[pre] mean = {mean}\n[pre] std = {std}")

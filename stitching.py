@@ -10,13 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from annotation import write_masks
+from annotation import write_sample
 from collage import mirror_tile, paste_nuclei
+from columns import align
 from config import Policy
-from files import replacing
-from image import read_image, read_labels
+from image import Pixels, read_image, read_labels, write_pixels
 from labels import adjacency, relabel, remove_small, split_fragments
 from record import Record, derive_record
 
@@ -175,20 +174,16 @@ def make_stitch(plan: Plan, width: int, policy: Policy) -> Stitch:
 def write_stitch(folder: Path, stitch: Stitch) -> None:
     """Write an image in the Kaggle layout below `folder`, whole or not at all."""
     name = stitch.id
-    with replacing(folder / name) as stage:
-        (stage / "images").mkdir(parents=True)
-        Image.fromarray(stitch.image).save(stage / "images" / f"{name}.png")
-        write_masks(stage, stitch.labels)
+    write_sample(folder, name, lambda images: write_pixels(images, name, Pixels(stitch.image, False)), stitch.labels)
 
 
 def format_summaries(summaries: Sequence[Summary]) -> str:
     """What was made, by kind, as a table to print."""
-    lines = [f"{'category':<20}{'images':>7}{'nuclei':>8}{'pasted':>8}{'contacts before':>17}{'after':>7}"]
+    rows: list[tuple[object, ...]] = [("", "images", "nuclei", "pasted", "contacts before", "after")]
     for kind in sorted({summary.kind for summary in summaries}):
         members = [summary[1:] for summary in summaries if summary.kind == kind]
-        nuclei, pasted, before, after = (sum(column) for column in zip(*members, strict=True))
-        lines.append(f"{kind or 'uncategorised':<20}{len(members):>7}{nuclei:>8}{pasted:>8}{before:>17}{after:>7}")
-    return "\n".join(lines)
+        rows.append((kind or "uncategorised", len(members), *(sum(column) for column in zip(*members, strict=True))))
+    return align(rows)
 
 
 def _read(record: Record, policy: Policy) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from annotation import write_sample
 from config import pick
-from files import replacing
+from image import Pixels, write_pixels
 from labels import depth
 
 Map = NDArray[np.floating]
@@ -159,19 +160,9 @@ def write_dataset(
         if not (folder / name).exists():
             own_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
             image, labels = draw_sample(own_seed, shape, kinds[index % len(kinds)])
-            _write_image(folder, name, image, labels if masks else None)
+            draw = partial(write_pixels, name=name, pixels=Pixels(image, False))
+            write_sample(folder, name, draw, labels if masks else None)
     return ids
-
-
-def _write_image(folder: Path, name: str, image: NDArray[np.uint8], labels: NDArray[np.int32] | None) -> None:
-    with replacing(folder / name) as stage:
-        (stage / "images").mkdir(parents=True)
-        Image.fromarray(image).save(stage / "images" / f"{name}.png")
-        if labels is not None:
-            (stage / "masks").mkdir()
-            for index in range(1, labels.max() + 1):
-                mask = (labels == index).astype(np.uint8) * 255
-                Image.fromarray(mask).save(stage / "masks" / f"{index:04d}.png")
 
 
 # Shapes and places

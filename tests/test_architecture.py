@@ -10,13 +10,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("collage", "color", "config", "files", "labels", "network", "stain"),
+    ("columns", "config", "files", "labels", "light", "network"),
+    ("collage", "color", "stain"),
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
-        "tile", "annotation", "synthetic", "footprint", "helper", "view",
+        "tile", "annotation", "footprint", "helper", "view",
         "outline", "likeness", "download",
     ),
-    ("dataset", "division", "link", "piece", "plot", "score", "stitching", "collect", "audit", "survey"),
+    ("dataset", "division", "link", "piece", "plot", "score", "stitching", "collect", "audit", "survey", "synthetic"),
     ("model", "tuning"),
     ("predict", "trainer", "report"),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),
