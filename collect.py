@@ -226,7 +226,7 @@ def remove_images(
     ]
     if not moves and not gone:
         what = [f"source {name}" for name in sorted(sources)] + sorted(ids)
-        raise ValueError(f"{data}: nothing to remove of {', '.join(what)}")
+        raise ValueError(f"{data}: nothing to remove of {', '.join(what)} in {' or '.join(sides_of(data))}")
     if not dry_run:
         _move(moves, outcome.folder, {name: rows[name] for name in chosen & set(rows) & (moved | gone)})
         if gone:

@@ -37,7 +37,7 @@ def test_train_prints_the_progress_line(data, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Grand new training ..." in printed
     assert "Epoch: [1][0/2]    Time: " in printed and "(io: " in printed
-    assert "training  an epoch   each  validation" in printed
+    assert "training  an epoch  each  validation" in printed
     assert "IoU(Semantic): " in printed and "Loss: " in printed
 
 
