@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from columns import align
 from config import Dataset
+from files import is_filled
 from record import (
     Record,
     describe_records,
@@ -297,7 +298,7 @@ def _stratify(records: Sequence[Record], by: str) -> list[list[list[Record]]]:
 
 def _held_records(folder: Path, data: Path, options: Dataset) -> list[Record]:
     """All that lies in a folder of validation images, whatever the filters say of it; nothing where there is none."""
-    if not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir()):
+    if not is_filled(folder):
         return []
     table = table_path(data, options)
     return describe_records(find_records(folder), read_table(table) if table.is_file() else {})

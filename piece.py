@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from annotation import write_sample
 from columns import align
-from files import replacing
+from files import is_filled, replacing
 from image import ImageError, Pixels, read_labels, read_pixels, write_pixels
 from labels import areas
 from record import Record, book_records, derive_record
@@ -141,9 +141,8 @@ def claim_folder(folder: Path, cut: Cut, dry_run: bool = False) -> None:
         It holds pieces cut in another way, or things that are no pieces.
     """
     mark, wanted = folder / MARK, cut._asdict()
-    held = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     found = json.loads(mark.read_text()) if mark.is_file() else None
-    if held and found != wanted:
+    if is_filled(folder) and found != wanted:
         what = "things that are no pieces" if found is None else f"pieces of {_words(found)}, not of {_words(wanted)}"
         raise ValueError(f"{folder} holds {what}; move it away or delete it first")
     if found != wanted and not dry_run:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from config import Config
 from division import divide_records, join_records
-from files import replacing
+from files import is_filled, replacing
 from helper import make_parser, run_script
 from link import add_links, finish_links, link_record
 from record import (
@@ -77,7 +77,7 @@ def oversample(records: list[Record], sides: dict[str, Path], config: Config, ar
     """Add to what is there; how many files had to be copied."""
     path = table_path(args.data, config.dataset)
     table = read_table(path) if path.is_file() else {}
-    train, valid = (describe_records(find_records(f), table) if _filled(f) else [] for f in sides.values())
+    train, valid = (describe_records(find_records(f), table) if is_filled(f) else [] for f in sides.values())
     if (train or valid) and (sides["train"] / "images").is_dir() != (args.folder / "images").is_dir():
         raise ValueError(f"{args.folder} and {sides['train']} are of different layouts; only the same can be joined")
     more, held = join_records(records, train, valid, config.dataset)
@@ -95,10 +95,6 @@ def oversample(records: list[Record], sides: dict[str, Path], config: Config, ar
     print(f"{sides['valid']}: {len(held)} new images; {len(records) - len(more) - len(held) - len(again)} left alone")
     print(f"{path}: {n_booked} copies {'to book' if args.dry_run else 'booked'}")
     return copied
-
-
-def _filled(folder: Path) -> bool:
-    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

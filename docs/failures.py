@@ -20,7 +20,7 @@ from image import read_image, read_labels
 from metric import diagnose
 from plot import compare, save, side_by_side
 from predict import load_segmenter
-from record import load_split
+from division import load_split
 from score import score_image
 
 #: Side (px) of what is shown of an image.
