@@ -17,6 +17,7 @@ from columns import align
 from config import Dataset
 from files import is_filled
 from record import (
+    CSV_COLUMNS,
     Record,
     describe_records,
     filter_records,
@@ -29,6 +30,9 @@ from record import (
 )
 
 logger = logging.getLogger(__name__)
+
+#: The settings that choose images.
+LISTS = tuple(f"{side}{name}" for side in ("", "train_", "valid_") for name in (*CSV_COLUMNS[:3], "blacklist"))
 
 
 def load_split(data: Path, options: Dataset) -> tuple[list[Record], list[Record]]:
@@ -92,15 +96,17 @@ def training_records(folder: Path, data: Path, options: Dataset) -> tuple[list[R
     data : path
         The data folder. What lies in ``data/valid`` validates, and so does what `load_split` takes from the training
         images there are. Where there is neither, `folder` is divided as it would be as a data set.
+    options : Dataset
+        Its lists choose among the records; what validates, with them or without, is left out.
     """
     records = load_records(folder, data, options)
     held = _held_records(data / "valid", data, options)
     out: set[str] = set()
-    if options.divides or not held:
-        pool = _pool(records, folder, data, options)
-        train, valid = divide_records(pool, options)
+    for rules in _ways(options) if options.divides or not held else ():
+        pool = _pool(folder, data, rules)
+        train, valid = divide_records(pool, rules) if pool else ([], [])
         held = [*held, *valid]
-        out = {record.id for record in pool} - {record.id for record in train}
+        out |= {record.id for record in pool} - {record.id for record in train}
     names = {record.id for record in held}
     for group in group_records([*records, *held], options.cv_group):
         ids = {record.id for record in group}
@@ -304,16 +310,28 @@ def _held_records(folder: Path, data: Path, options: Dataset) -> list[Record]:
     return describe_records(find_records(folder), read_table(table) if table.is_file() else {})
 
 
-def _pool(records: Sequence[Record], folder: Path, data: Path, options: Dataset) -> list[Record]:
-    """What is divided to know which of the records of a folder validate: they, or the training images there are.
+def _ways(options: Dataset) -> list[Dataset]:
+    """Settings that a training may have where these choose some of its images: without lists, and as they are.
 
-    By a ratio these must be divided alone, or others would validate than in a training; by other rules a record goes
-    where it goes in any company.
+    A list of ids and kinds left out say of each image by itself whether it validates; other rules by its company, too.
     """
-    home = data / "train"
+    bare = options.model_copy(update=dict.fromkeys(LISTS, ()))
+    alone = options.valid_ids is not None or options.leave_out
+    return [bare] if alone or bare == options else [bare, options]
+
+
+def _pool(folder: Path, data: Path, options: Dataset) -> list[Record]:
+    """What is divided to know which images of a folder validate: they, or the training images there are.
+
+    By a ratio these must be divided alone, or others would validate than in a training; by other rules together.
+    """
+    records, home = load_records(folder, data, options), data / "train"
     if not home.is_dir() or home.resolve() == folder.resolve():
-        return list(records)
-    there = load_records(home, data, options)
+        return records
+    try:
+        there = load_records(home, data, options)
+    except ValueError:  # none of them passes the lists
+        there = []
     return list({record.id: record for record in [*there, *(records if options.divides else ())]}.values())
 
 

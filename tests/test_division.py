@@ -398,3 +398,20 @@ def test_a_folder_alone_is_divided_as_a_data_set(tmp_path):
     assert [free, out] == list(divide_records([*free, *out], options(cv_ratio=0.2)))
     assert len(out) == 4
     assert training_records(tmp_path / "source", tmp_path / "absent", options(cv_ratio=0))[1] == []
+
+
+@pytest.mark.parametrize("how", [{"cv_ratio": 0.3}, {"cv_folds": 3}, {"leave_out": "C"}])
+@pytest.mark.parametrize("kind", ["A", "B"])
+def test_a_list_that_chooses_material_moves_no_validation_image(tmp_path, how, kind):
+    """The division of one kind alone is another than its share of the division of all."""
+    names = [f"{name}{i:02d}" for name in "ABC" for i in range(20)]
+    touch(tmp_path, *(f"train/{name}.png" for name in names), "source/A99.png", "source/D99.png")
+    rows = [f"{name},{name[0]}\n" for name in [*names, "A99", "D99"]]
+    write_text(tmp_path / "dataset.csv", "image_id,sub_category\n" + "".join(rows))
+    _, valid = load_split(tmp_path, options(**how))
+    _, alone = load_split(tmp_path, options(sub_category=kind, **how)) if "leave_out" not in how else ([], [])
+    free, _ = training_records(tmp_path / "train", tmp_path, options(sub_category=kind, **how))
+    assert free and not set(ids(free)) & set(ids([*valid, *alone]))
+    assert {record.sub_category for record in free} == {kind}
+    free, _ = training_records(tmp_path / "source", tmp_path, options(sub_category="D", cv_ratio=0.3))
+    assert ids(free) == ["D99"]
