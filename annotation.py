@@ -189,6 +189,32 @@ def write_masks(folder: str | os.PathLike[str], labels: Labels) -> None:
             shutil.rmtree(masks)
 
 
+def write_sample(
+    folder: Path, image_id: str, draw: Callable[[Path], object], masks: Labels | Sequence[Path] | None
+) -> None:
+    """Write an image and its nuclei in the Kaggle layout; ``<folder>/<image_id>`` appears whole or not at all.
+
+    Parameters
+    ----------
+    folder
+        Of many images; made where it is missing.
+    draw
+        Writes the image into the folder that it is given.
+    masks
+        A label map, (H, W) integers >= 0; or files of one nucleus each, which are copied; None where there is no
+        ground truth.
+    """
+    with replacing(folder / image_id) as stage:
+        (stage / "images").mkdir(parents=True)
+        draw(stage / "images")
+        if isinstance(masks, np.ndarray):
+            write_masks(stage, masks)
+        elif masks is not None:
+            (stage / "masks").mkdir()
+            for path in masks:
+                shutil.copyfile(path, stage / "masks" / path.name)
+
+
 def read_masks(folder: str | os.PathLike[str], shape: tuple[int, int]) -> NDArray[np.int32]:
     """Read the PNGs of ``folder/masks``, one nucleus each; undoes `write_masks`.
 

@@ -20,7 +20,7 @@ from config import DEFAULT_POLICY, Policy
 from files import replacing
 from image import ImageError, read_image, read_labels, read_mask, read_pixels
 from likeness import near_pairs, perceptual_hash, pixel_hash, thumbnail
-from record import Record
+from record import Record, read_ids
 
 PROBLEMS = {
     "unreadable": "an image or mask that cannot be used",
@@ -214,12 +214,12 @@ def write_report(path: Path, findings: Iterable[Finding]) -> None:
         writer.writerows(findings)
 
 
-def extend_blacklist(path: Path, ids: Sequence[str]) -> int:
-    """Append ids, one a line, to a list that may exist; lines that are there stay. How many were new."""
+def extend_blacklist(path: Path, ids: Sequence[str], dry_run: bool = False) -> int:
+    """Append ids, one a line, to a list that may exist; lines that are there stay. How many are new."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    there = {line.strip() for line in text.splitlines()}
+    there = read_ids(path) if path.is_file() else set()
     new = [name for name in ids if name not in there]
-    if new:
+    if new and not dry_run:
         with replacing(path) as stage:
             stage.write_text(text + ("\n" if text and not text.endswith("\n") else "") + "\n".join(new) + "\n", "utf-8")
     return len(new)

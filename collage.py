@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
+from light import density, intensity
+
 Image = NDArray[np.uint8]
 Labels = NDArray[np.int32]
 Mask = NDArray[np.bool_]
@@ -33,8 +35,6 @@ MIN_FREE = 12  # pixels of background from which its colour is known
 ROUND = 0.7  # share of its width along which a nucleus meets its mirror image, if the two are to be one
 N_TRIES = 4  # places tried a nucleus
 MAX_PASTED = 6  # nuclei that `paste_nuclei` adds where it is not told how many: a crop should be ready in milliseconds
-#: Optical density (minus the logarithm of the transmitted share) of each 8-bit intensity.
-_DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ class Canvas:
         inside = (self.labels > 0).astype(np.uint8)
         mean, around = (np.array(cv2.mean(image, part)[:3]) for part in (inside, 1 - inside))
         self.dark = bool(mean.sum() < around.sum())
-        self.field = cast(Field, cv2.LUT(image, _DENSITY)) if self.dark else image.astype(np.float32)
+        self.field = density(image) if self.dark else image.astype(np.float32)
         if self.dark:
             mean, around = (np.array(cv2.mean(self.field, part)[:3]) for part in (inside, 1 - inside))
         self._background = around.astype(np.float32)
@@ -256,7 +256,7 @@ class Canvas:
         """The image, changed only where something was pasted, and the labels with their own ids."""
         image, changed = self._image.copy(), self._changed
         values = self.field[changed]
-        values = 256 * np.exp(-values) - 1 if self.dark else values
+        values = intensity(values) if self.dark else values
         image[changed] = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
         n_new = len(self.boxes) + 1 - self._ids.size
         ids = np.concatenate([self._ids, self._ids[-1] + 1 + np.arange(n_new)]).astype(np.int32)

@@ -7,23 +7,42 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from annotation import write_masks
+from annotation import write_sample
 from config import DEFAULT_POLICY, Policy
-from files import replacing
 from image import ImageError, read_image, read_labels, read_mask, read_pixels
+from labels import same_instances
 from likeness import pixel_hash
 from outline import Annotation, draw, read_outlines
-from record import CSV_COLUMNS, Record, find_records, read_table, write_table
+from record import SEPARATOR, Record, book_rows, find_clash, find_records, names_of, read_table, write_table
 
 logger = logging.getLogger(__name__)
 
 OUTLINE_SUFFIXES = frozenset({".xml", ".json", ".geojson"})
 SIDES = ("train", "valid")
+
+
+class Source(NamedTuple):
+    """An image to be added; its nuclei are those of the annotation, where there is one, else of its masks."""
+
+    record: Record
+    annotation: Annotation | None = None
+
+    def read(self) -> NDArray[np.int32] | None:
+        """Its label map, (H, W); None where nobody says what its nuclei are."""
+        shape = read_pixels(self.record.image).array.shape[:2]
+        if self.annotation is not None:
+            return draw(self.annotation.outlines, shape)[0]
+        return None if self.record.masks is None else read_labels(self.record.masks, shape)
+
+
+#: Hash of the pixels -> the images that have them, each with its id.
+Index = dict[str, list[tuple[str, Source]]]
 
 
 @dataclass
@@ -74,8 +93,13 @@ def records_in(folder: Path) -> list[Record]:
         return []
 
 
-def find_sources(folder: Path, outlines: Path | None = None) -> list[tuple[Record, Annotation | None]]:
-    """The images of a folder, each with its outlines where it has no masks.
+def ids_in(data: Path) -> set[str]:
+    """Ids of all images of the data set, whatever the settings make of them."""
+    return {record.id for folder in sides_of(data).values() for record in records_in(folder)}
+
+
+def find_sources(folder: Path, outlines: Path | None = None) -> tuple[list[Source], list[str]]:
+    """The images of a folder, and a line for each file of outlines that says nothing of them.
 
     Parameters
     ----------
@@ -83,7 +107,8 @@ def find_sources(folder: Path, outlines: Path | None = None) -> list[tuple[Recor
         Any layout of `record.find_records`; beside images without masks, files of outlines: ``<id>.xml``,
         ``<id>.geojson``, or COCO's JSON for all.
     outlines
-        Where the files of outlines are, if not in `folder`.
+        Where the files of outlines are, if not in `folder`. An image that they name has these outlines, whatever its
+        masks are.
 
     Raises
     ------
@@ -91,18 +116,23 @@ def find_sources(folder: Path, outlines: Path | None = None) -> list[tuple[Recor
         No images, or a file of outlines that cannot be read.
     """
     records = find_records(folder)
+    wanted = {record.id for record in records if record.masks is None or outlines is not None}
+    masked = {record.id for record in records} - wanted
     annotations: dict[str, Annotation] = {}
-    if any(record.masks is None for record in records) or outlines is not None:
-        for path in _outline_files(outlines or folder):
-            for image_id, annotation in read_outlines(path).items():
-                known = annotations.setdefault(image_id, Annotation())
-                known.outlines += annotation.outlines
-                known.refused += annotation.refused
-    return [(record, annotations.get(record.id) if record.masks is None else None) for record in records]
+    unused: list[str] = []
+    for path in _outline_files(outlines or folder):
+        # Where all images have masks, files beside them may be anything; their names alone are looked at.
+        found = read_outlines(path) if wanted else {path.stem: Annotation()} if path.stem in masked else {}
+        unused += _unused(path, found, wanted, masked)
+        for image_id in found.keys() & wanted:
+            known = annotations.setdefault(image_id, Annotation())
+            known.outlines += found[image_id].outlines
+            known.refused += found[image_id].refused
+    return [Source(record, annotations.get(record.id)) for record in records], unused
 
 
 def add_images(
-    sources: Sequence[tuple[Record, Annotation | None]],
+    sources: Sequence[Source],
     data: Path,
     table: Path,
     rows: Mapping[str, Mapping[str, str]],
@@ -128,33 +158,38 @@ def add_images(
     side
         ``train``, ``valid``, or another folder of the data folder, whose images wait to be cut or divided.
     prefix
-        Stands before each id.
+        Stands before each id, of the images and of what they were made from, where that comes with them.
     policy
         How the settings want images read, as `image.read_image` takes it: what cannot be read so is refused.
     """
     folders = sides_of(data)
     target = folders.get(side, data / side)
     existing = _index(dict.fromkeys([*folders.values(), target]))
-    taken = set(existing.values())
+    taken = {name for twins in existing.values() for name, _ in twins}
+    booked = read_table(table) if table.is_file() else {}
+    wanted = _prefixed(rows, prefix, {source.record.id for source in sources})
     outcome = Outcome(target)
-    for record, annotation in tqdm(sources, "adding", unit="image", disable=None):
-        name = prefix + record.id
+    for source in tqdm(sources, "adding", unit="image", disable=None):
+        name = prefix + source.record.id
         try:
-            digest = _checked_hash(record, policy)
+            digest = _checked_hash(source.record, policy)
+            if clash := find_clash(booked, name, wanted.get(name, {})):
+                raise ImageError(f"{table}: {clash}")
             if digest in existing:
-                outcome.present.append(name if existing[digest] == name else f"{name} (as {existing[digest]})")
-            elif name in taken or (target / name).exists():
-                raise ImageError(f"{record.image}: another image is called {name} already; --prefix gives new names")
-            else:
-                outcome.n_nuclei += _place(record, annotation, target / name, outcome.refused, dry_run)
-                outcome.done.append(name)
-                existing[digest] = name
-                taken.add(name)
+                outcome.present.append(_find_twin(name, source, existing[digest]))
+                continue
+            if name in taken or (target / name).exists():
+                raise ImageError(
+                    f"{source.record.image}: another image is called {name} already; --prefix gives new names"
+                )
+            outcome.n_nuclei += _place(source, target / name, outcome.refused, dry_run)
+            outcome.done.append(name)
+            existing[digest] = [(name, source)]
+            taken.add(name)
         except ImageError as error:
             outcome.refused.append(str(error))
     placed = {*outcome.done, *outcome.present}  # a row may be missing if an earlier call was cut off
-    wanted = {prefix + image_id: row for image_id, row in rows.items() if prefix + image_id in placed}
-    outcome.n_rows = _book(table, wanted, dry_run)
+    outcome.n_rows = book_rows(table, {name: row for name, row in wanted.items() if name in placed}, dry_run)
     return outcome
 
 
@@ -163,7 +198,8 @@ def remove_images(
 ) -> Outcome:
     """Move images, and their rows, out of the data set into ``removed/<side>`` of the data folder.
 
-    Nothing is deleted: adding that folder brings them back.
+    Nothing is deleted: adding that folder brings them back. The table keeps the rows of images that another folder of
+    the data folder still holds, or these would lose their patient; a row without any image goes.
 
     Raises
     ------
@@ -179,18 +215,29 @@ def remove_images(
         for record in _kaggle_records(folder)
         if record.id in chosen
     ]
-    outcome = Outcome(_fresh(data / "removed"), done=[path.name for _, path in moves])
-    outcome.refused = [f"{name}: no image of that id" for name in sorted(ids.difference(outcome.done, rows))]
-    booked = chosen & set(rows)
-    outcome.n_rows = len(booked)
-    if not moves and not booked:
+    paths = {path for _, path in moves}
+    moved = {path.name for path in paths}
+    held = _held(data, paths)
+    gone = (chosen & set(rows)) - held
+    outcome = Outcome(_fresh(data / "removed"), done=[path.name for _, path in moves], n_rows=len(gone))
+    outcome.refused = [
+        f"{name}: no image of that id in {' or '.join(sides_of(data))}" + (", its row stays" if name in rows else "")
+        for name in sorted(ids - moved - gone)
+    ]
+    if not moves and not gone:
         what = [f"source {name}" for name in sorted(sources)] + sorted(ids)
-        raise ValueError(f"{data}: nothing to remove of {', '.join(what)}")
+        raise ValueError(f"{data}: nothing to remove of {', '.join(what)} in {' or '.join(sides_of(data))}")
     if not dry_run:
-        _move(moves, outcome.folder, {name: rows[name] for name in booked})
-        if booked:
-            write_table(table, {name: row for name, row in rows.items() if name not in booked})
+        _move(moves, outcome.folder, {name: rows[name] for name in chosen & set(rows) & (moved | gone)})
+        if gone:
+            write_table(table, {name: row for name, row in rows.items() if name not in gone})
     return outcome
+
+
+def _held(data: Path, moved: set[Path]) -> set[str]:
+    """Names of what lies in the folders of the data folder, but for what is moved: images, or folders of one."""
+    there = (path for pattern in ("*/*", "*/images/*") for path in data.glob(pattern) if path not in moved)
+    return {name for path in there for name in (path.name, path.stem)}
 
 
 def _kaggle_records(folder: Path) -> list[Record]:
@@ -203,16 +250,47 @@ def _kaggle_records(folder: Path) -> list[Record]:
     return records
 
 
-def _index(folders: Iterable[Path]) -> dict[str, str]:
-    """Hash of the pixels -> id, of all images of the data set."""
-    index = {}
+def _index(folders: Iterable[Path]) -> Index:
+    """All images of the data set by their pixels."""
+    index: Index = {}
     records = [record for folder in folders for record in _kaggle_records(folder) if not record.problem]
     for record in tqdm(records, "reading what is there", unit="image", disable=None):
         try:
-            index[pixel_hash(*read_pixels(record.image))] = record.id
+            index.setdefault(pixel_hash(*read_pixels(record.image)), []).append((record.id, Source(record)))
         except ImageError as error:
             logger.warning("%s", error)
     return index
+
+
+def _find_twin(name: str, source: Source, twins: Sequence[tuple[str, Source]]) -> str:
+    """Which image of the same pixels has the same nuclei, in words.
+
+    Raises
+    ------
+    ImageError
+        None has: what is new about the image would be lost if it were passed over.
+    """
+    labels = source.read()
+    for other, twin in sorted(twins, key=lambda twin: twin[0] != name):
+        there = twin.read() if labels is not None else None
+        if labels is None or (there is not None and same_instances(labels, there)):
+            return name if other == name else f"{name} (as {other})"
+    names = [other for other, _ in twins]
+    raise ImageError(
+        f"{source.record.image}: is there with other masks, as {' and '.join(names)}; "
+        f"prepare.py remove {' '.join(names)} first"
+    )
+
+
+def _prefixed(rows: Mapping[str, Mapping[str, str]], prefix: str, ids: set[str]) -> dict[str, dict[str, str]]:
+    """Rows under their new ids; a row that says what its image was made from says it by the new ids, too."""
+    renamed = {}
+    for name, row in rows.items():
+        renamed[prefix + name] = {**row, "image_id": prefix + name}
+        if row.get("origin"):
+            origins = [prefix + origin if origin in ids else origin for origin in names_of(row["origin"])]
+            renamed[prefix + name]["origin"] = SEPARATOR.join(origins)
+    return renamed
 
 
 def _outline_files(folder: Path) -> list[Path]:
@@ -223,6 +301,18 @@ def _outline_files(folder: Path) -> list[Path]:
     )
 
 
+def _unused(path: Path, found: Iterable[str], wanted: set[str], masked: set[str]) -> list[str]:
+    """What a file of outlines says of images that are not there, or that have masks."""
+    lines = [
+        f"{path.name}: {name} has masks, and these count; --outlines {path.parent} takes its outlines"
+        for name in sorted(masked.intersection(found))
+    ]
+    if lost := sorted(set(found) - wanted - masked):
+        more = f", ... ({len(lost)} in all)" if len(lost) > 3 else ""
+        lines.append(f"{path.name}: outlines of {', '.join(lost[:3])}{more}, and there is no such image")
+    return lines
+
+
 def _checked_hash(record: Record, policy: Policy) -> str:
     if record.problem:
         raise ImageError(record.problem)
@@ -230,8 +320,9 @@ def _checked_hash(record: Record, policy: Policy) -> str:
     return pixel_hash(*read_pixels(record.image))
 
 
-def _place(record: Record, annotation: Annotation | None, target: Path, notes: list[str], dry_run: bool) -> int:
+def _place(source: Source, target: Path, notes: list[str], dry_run: bool) -> int:
     """Put image and masks into the new folder `target`; the number of nuclei."""
+    record, annotation = source
     shape = read_pixels(record.image).array.shape[:2]
     files: list[Path] = []
     labels: NDArray[np.int32] | None = None
@@ -245,14 +336,13 @@ def _place(record: Record, annotation: Annotation | None, target: Path, notes: l
     else:
         files = _whole_masks(record.masks, shape, notes)
     if not dry_run:
-        with replacing(target) as stage:
-            (stage / "images").mkdir(parents=True)
-            shutil.copyfile(record.image, stage / "images" / f"{target.name}{record.image.suffix.lower()}")
-            (stage / "masks").mkdir()
-            for file in files:
-                shutil.copyfile(file, stage / "masks" / file.name)
-            if labels is not None:
-                write_masks(stage, labels)
+        name = f"{target.name}{record.image.suffix.lower()}"
+        write_sample(
+            target.parent,
+            target.name,
+            lambda images: shutil.copyfile(record.image, images / name),
+            files if labels is None else labels,
+        )
     return len(files) if labels is None else int(labels.max(initial=0))
 
 
@@ -262,16 +352,6 @@ def _whole_masks(masks: Sequence[Path], shape: tuple[int, int], notes: list[str]
     filled = [path for path in masks if read_mask(path).any()]
     notes += [f"{path}: no nucleus, left out" for path in masks if path not in filled]
     return filled
-
-
-def _book(table: Path, wanted: Mapping[str, Mapping[str, str]], dry_run: bool) -> int:
-    """Append the rows that the table does not have; how many."""
-    rows: dict[str, Mapping[str, str]] = dict(read_table(table)) if table.is_file() else {}
-    new = {name: {**row, "image_id": name} for name, row in wanted.items() if name not in rows}
-    if new and not dry_run:
-        columns = dict.fromkeys(("image_id", *CSV_COLUMNS), "")
-        write_table(table, {**rows, **{name: {**columns, **row} for name, row in new.items()}})
-    return len(new)
 
 
 def _fresh(path: Path) -> Path:

@@ -12,14 +12,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from light import density, intensity
+
 Image = NDArray[np.uint8]
 FloatImage = NDArray[np.float32]
 Rng = np.random.Generator
 
 #: Optical density of hematoxylin, eosin and DAB in red, green, blue (Ruifrok and Johnston 2001).
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
-#: Optical density (minus the logarithm of the transmitted share) of each 8-bit intensity.
-_DENSITY = -np.log((np.arange(256, dtype=np.float32) + 1) / 256)
 
 
 def equalize(image: Image) -> Image:
@@ -73,9 +73,9 @@ def shift_stain(image: Image, rng: Rng) -> Image:
     stains /= np.linalg.norm(stains, axis=1, keepdims=True)
     own = STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True)
     mixing = (np.linalg.inv(own) * amount) @ stains
-    density = cv2.transform(cv2.LUT(image, _DENSITY), mixing.T.astype(np.float32))
-    density += rng.normal(0, 0.03, 3).astype(np.float32)
-    return _clip(256 * cv2.exp(-density) - 1)
+    absorbed = cv2.transform(density(image), mixing.T.astype(np.float32))
+    absorbed += rng.normal(0, 0.03, 3).astype(np.float32)
+    return _clip(intensity(absorbed))
 
 
 def shuffle(image: Image, rng: Rng) -> Image:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -40,8 +40,26 @@ CHECKPOINT_KEYS = (
 )  # fmt: skip
 
 T = TypeVar("T")
-#: How intensities are read, as `image.read_image` takes it: channels, percentiles, stretch, colour space, stain.
-Policy = tuple[tuple[int, ...], tuple[float, float], bool, str, str]
+
+
+class Policy(NamedTuple):
+    """How images are read, as `image.read_image` takes it."""
+
+    channels: tuple[int, ...] = ()
+    percentiles: tuple[float, float] = (0.1, 99.9)
+    stretch: bool = False
+    color_space: str = "rgb"
+    stain_normalize: str = "none"
+
+    @property
+    def stored(self) -> Policy:
+        """The same, with 8-bit intensities and colours as they are in the file."""
+        return Policy(self.channels, self.percentiles)
+
+    @property
+    def shown(self) -> Policy:
+        """The same, in the colours of a screen."""
+        return self._replace(color_space="rgb")
 
 
 def _split_list(value: Any) -> Any:
@@ -244,9 +262,9 @@ class Pre(Section):
 
     @property
     def policy(self) -> Policy:
-        """How images are read: channels, percentiles, stretch, colours, as `image.read_image` takes them."""
+        """How images are read."""
         percentiles = self.percentile_low, self.percentile_high
-        return self.channels, percentiles, self.stretch, self.color_space, self.stain_normalize
+        return Policy(self.channels, percentiles, self.stretch, self.color_space, self.stain_normalize)
 
     @model_validator(mode="after")
     def _ordered(self) -> Pre:

@@ -24,7 +24,7 @@ from pathlib import Path
 from config import Config
 from helper import make_parser, run_script
 from piece import Cut, crop_records, format_tally
-from record import load_records
+from record import load_records, table_path
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -34,8 +34,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     whole = Path(os.path.abspath(args.folder))
     source = args.folder if args.folder.name == whole.name else whole  # "." and ".." have no name to add to
     target = source.with_name(f"{source.name}_crop")
-    table = find_table(config, source, args.data)
-    records = load_records(args.folder, table.parent, config.dataset)
+    table = table_path(args.data, config.dataset, source)
+    records = load_records(args.folder, args.data, config.dataset, source)
     tally = crop_records(records, target, table, Cut(args.step, args.width, args.scale), args.dry_run)
     print(format_tally(tally))
     written, booked = ("to write", "to book") if args.dry_run else ("written", "booked")
@@ -50,14 +50,6 @@ def run(config: Config, args: argparse.Namespace) -> int:
     for problem in tally.refused:
         print(f"refused: {problem}", file=sys.stderr)
     return 3 if tally.refused else 0
-
-
-def find_table(config: Config, source: Path, data: Path) -> Path:
-    """The table that describes the images and books the pieces; it need not be there."""
-    if config.dataset.csv_file is not None:
-        return config.dataset.csv_file
-    beside, inside = source.parent / "dataset.csv", data / "dataset.csv"
-    return inside if inside.is_file() and not beside.is_file() else beside
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,3 +36,8 @@ def replacing(path: str | os.PathLike[str], sync: bool = False) -> Iterator[Path
             shutil.rmtree(stage)
         else:
             stage.unlink(missing_ok=True)
+
+
+def is_filled(folder: Path) -> bool:
+    """Whether a folder is there and holds something that is not hidden."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())

@@ -156,6 +156,19 @@ def overlap_table(true: Labels, pred: Labels) -> NDArray[np.int64]:
     return np.bincount(pairs, minlength=n_rows * n_columns).reshape(n_rows, n_columns).astype(np.int64)
 
 
+def same_instances(first: Labels, second: Labels) -> bool:
+    """Whether two maps of one image hold the same nuclei, however they are numbered.
+
+    Raises
+    ------
+    ValueError
+        As for `overlap_table`.
+    """
+    table = overlap_table(relabel(first), relabel(second)) > 0
+    alone = (table.sum(axis=0) <= 1).all() and (table.sum(axis=1) <= 1).all()
+    return bool(alone and np.array_equal(first > 0, second > 0))
+
+
 def boundaries(labels: Labels) -> NDArray[np.bool_]:
     """Mark the outermost pixels of every nucleus.
 

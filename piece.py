@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from annotation import write_masks
-from files import replacing
+from annotation import write_sample
+from columns import align
+from files import is_filled, replacing
 from image import ImageError, Pixels, read_labels, read_pixels, write_pixels
 from labels import areas
 from record import Record, book_records, derive_record
@@ -94,10 +95,8 @@ def cut_pieces(record: Record, pixels: Pixels, labels: NDArray[np.int32], cut: C
 
 def write_piece(folder: Path, piece: Piece) -> None:
     """Write a piece in the Kaggle layout, one mask a nucleus; the folder ``<folder>/<id>`` appears complete."""
-    with replacing(folder / piece.record.id) as stage:
-        (stage / "images").mkdir(parents=True)
-        write_pixels(stage / "images", piece.record.id, piece.pixels)
-        write_masks(stage, piece.labels)
+    name = piece.record.id
+    write_sample(folder, name, lambda images: write_pixels(images, name, piece.pixels), piece.labels)
 
 
 def crop_records(records: Sequence[Record], folder: Path, table: Path, cut: Cut, dry_run: bool = False) -> Tally:
@@ -142,9 +141,8 @@ def claim_folder(folder: Path, cut: Cut, dry_run: bool = False) -> None:
         It holds pieces cut in another way, or things that are no pieces.
     """
     mark, wanted = folder / MARK, cut._asdict()
-    held = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     found = json.loads(mark.read_text()) if mark.is_file() else None
-    if held and found != wanted:
+    if is_filled(folder) and found != wanted:
         what = "things that are no pieces" if found is None else f"pieces of {_words(found)}, not of {_words(wanted)}"
         raise ValueError(f"{folder} holds {what}; move it away or delete it first")
     if found != wanted and not dry_run:
@@ -154,13 +152,10 @@ def claim_folder(folder: Path, cut: Cut, dry_run: bool = False) -> None:
 
 def format_tally(tally: Tally) -> str:
     """A table of what was cut: a line a sub-category, to print."""
-    width = max(len("uncategorised"), *(len(kind) for kind in tally.images), 0)
-    lines = [f"{'':{width}}  images  nuclei  pieces  nuclei in pieces"]
     columns = (tally.images, tally.nuclei, tally.pieces, tally.cut_nuclei)
     rows = [(kind or "uncategorised", *(column[kind] for column in columns)) for kind in sorted(tally.images)]
     rows.append(("all", *(column.total() for column in columns)))
-    lines += [f"{name:{width}}  {i:6}  {n:6}  {p:6}  {c:16}" for name, i, n, p, c in rows]
-    return "\n".join(lines)
+    return align([("", "images", "nuclei", "pieces", "nuclei in pieces"), *rows])
 
 
 def _words(cut: dict[str, float]) -> str:

@@ -25,16 +25,18 @@ from pathlib import Path
 
 from annotation import read_csv
 from audit import BANNED, PROBLEMS, UNUSABLE, audit, extend_blacklist, write_report
-from collect import Outcome, add_images, find_sources, records_in, remove_images, sides_of
+from collect import Outcome, add_images, find_sources, ids_in, records_in, remove_images, sides_of
+from columns import align
 from config import Config, add_arguments, edit_ini, load_config
 from dataset import open_cache
+from division import load_split
 from download import fetch, file_name, unpack
 from files import replacing
 from helper import make_parser, run_script
 from plot import histograms, save
-from record import describe_records, find_records, format_counts, load_split, read_table
+from record import describe_records, find_records, format_counts, read_table, table_path
 from survey import COLUMNS, alpha_lines, channel_statistics, series, survey, table
-from synthetic import write_dataset
+from synthetic import image_ids, write_dataset
 
 
 def demo(config: Config, args: argparse.Namespace) -> int:
@@ -43,14 +45,20 @@ def demo(config: Config, args: argparse.Namespace) -> int:
         raise ValueError(f"--images {args.images}: at least one")
     folder, few = args.data / "demo", max(1, args.images // 4)
     sides = (
-        ("train", args.images, args.seed, True),
-        ("valid", few, args.seed + 1, True),
-        ("test", few, args.seed + 2, False),
+        ("train", args.images, "", True),
+        ("valid", few, "valid_", True),  # an id is one image, and images of one id are kin
+        ("test", few, "test_", False),
     )
-    for name, n, seed, masks in sides:
+    for seed, (name, n, prefix, masks) in enumerate(sides, start=args.seed):
         there = set(os.listdir(folder / name)) if (folder / name).is_dir() else set()
-        kept = len(there.intersection(write_dataset(folder / name, n, seed, masks=masks)))
-        print(f"{folder / name}: {n} images" + (f", {kept} of them there already and kept as they are" if kept else ""))
+        ids = (
+            image_ids(n, prefix) if args.dry_run else write_dataset(folder / name, n, seed, prefix=prefix, masks=masks)
+        )
+        kept = len(there.intersection(ids))
+        print(
+            f"{folder / name}: {n} images{' to draw' if args.dry_run else ''}"
+            + (f", {kept} of them there already and kept as they are" if kept else "")
+        )
     return 0
 
 
@@ -76,15 +84,15 @@ def download(config: Config, args: argparse.Namespace) -> int:
 
 def add(config: Config, args: argparse.Namespace) -> int:
     """Copy labelled images into the data set, book them in its CSV; what is there already, by content, is skipped."""
-    sources = find_sources(args.folder, args.outlines)
+    sources, unused = find_sources(args.folder, args.outlines)
     own = args.folder / "dataset.csv"
     if args.source is None and not own.is_file():
         raise ValueError(f"--source: wanted a name for where these images come from, as {own} does not say")
+    table = table_path(args.data, config.dataset)
     known = read_table(own) if own.is_file() else {}
     given = {"source": args.source, "major_category": args.major, "sub_category": args.sub, "patient": args.patient}
     chosen = {column: value for column, value in given.items() if value is not None}
     rows = {record.id: {**known.get(record.id, {}), **chosen} for record, _ in sources}
-    table = config.dataset.csv_file or args.data / "dataset.csv"
     outcome = add_images(
         sources,
         args.data,
@@ -95,6 +103,7 @@ def add(config: Config, args: argparse.Namespace) -> int:
         policy=config.pre.policy,
         dry_run=args.dry_run,
     )
+    outcome.refused = unused + outcome.refused
     would = "would be " if args.dry_run else ""
     n_outlines = sum(len(found.outlines) + len(found.refused) for _, found in sources if found)
     print(f"{args.folder}: {len(sources)} images" + (f", {n_outlines} outlines" if n_outlines else ""))
@@ -108,7 +117,7 @@ def remove(config: Config, args: argparse.Namespace) -> int:
     """Move images out of the data set, with their rows; adding the folder they go to brings them back."""
     if not args.ids and not args.source:
         raise ValueError("remove: wanted --source NAME, or ids of images")
-    table = config.dataset.csv_file or args.data / "dataset.csv"
+    table = table_path(args.data, config.dataset)
     outcome = remove_images(args.data, table, args.ids, args.source, dry_run=args.dry_run)
     print(f"{len(outcome.done)} images {'would be ' if args.dry_run else ''}moved to {outcome.folder}")
     return finish(config, args, outcome, table, "removed")
@@ -117,7 +126,12 @@ def remove(config: Config, args: argparse.Namespace) -> int:
 def verify(config: Config, args: argparse.Namespace) -> int:
     """Check masks against images and against a run-length CSV, and look for images alike across train and valid."""
     train, valid = load_split(args.data, config.dataset)
-    result = audit({"train": train, "valid": valid}, config.pre.policy, read_csv(args.csv) if args.csv else None)
+    sides = {"train": train, "valid": valid}
+    runs = read_csv(args.csv) if args.csv else None
+    if runs is not None and (filtered := set(runs) & (ids_in(args.data) - {r.id for r in [*train, *valid]})):
+        runs = {image_id: texts for image_id, texts in runs.items() if image_id not in filtered}
+        print(f"{args.csv}: {len(filtered)} of its images are left out by the settings")
+    result = audit(sides, config.pre.policy, runs)
     print(f"{result.n_images} images ({len(train)} train, {len(valid)} valid), {result.n_masks} nuclei")
     for problem, (n, n_images) in result.summary().items():
         print(f"{problem:<20}{n:>6} in {n_images:>4} images    {PROBLEMS[problem]}")
@@ -129,7 +143,7 @@ def verify(config: Config, args: argparse.Namespace) -> int:
         print(f"{report}: {len(result.findings)} rows")
     if args.blacklist:
         ids = result.ids(args.ban or BANNED)
-        n = len(ids) if args.dry_run else extend_blacklist(args.blacklist, ids)
+        n = extend_blacklist(args.blacklist, ids, args.dry_run)
         print(f"{args.blacklist}: {n} ids {'would be ' if args.dry_run else ''}added")
     return 3 if result.ids(UNUSABLE) else 0
 
@@ -138,10 +152,7 @@ def stats(config: Config, args: argparse.Namespace) -> int:
     """Describe the data set: channels, opacity, sizes and nuclei, by kind."""
     train, valid = load_split(args.data, config.dataset)
     result = survey([*train, *valid], open_cache(config, args.data))
-    rows = [COLUMNS, *table(result)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip())
+    print(align([COLUMNS, *table(result)]))
     print("\n".join(alpha_lines(result.measures)))
     mean, std = ([round(float(value), 4) for value in values] for values in channel_statistics(result.measures))
     print(f"[pre] mean = {mean}\n[pre] std = {std}")
@@ -177,6 +188,12 @@ def finish(config: Config, args: argparse.Namespace, outcome: Outcome, table: Pa
     return 3 if outcome.refused else 0
 
 
+def run(config: Config, args: argparse.Namespace) -> int:
+    """Do the task, by the settings that stand before it and those behind it."""
+    behind = getattr(args, "set_behind", None)
+    return args.run(load_config(args.config, [*args.set, *behind]) if behind else config, args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
@@ -192,14 +209,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_arguments(task)
         for action in task._actions:  # what stands before the task counts as well
             action.default = argparse.SUPPRESS
+            if action.dest == "set":
+                action.dest = "set_behind"  # argparse would let it replace the settings before the task
         options(task)
         task.set_defaults(run=function)
-    return run_script(lambda config, args: args.run(config, args), parser, argv)
+    return run_script(run, parser, argv)
 
 
 def demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=40, metavar="N", help="images to draw (default: 40)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other images")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would do, draw nothing")
 
 
 def download_options(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,6 @@
-"""What images there are: find them on disk, describe them by a CSV, filter, split and balance them. Pixels are not
-touched.
+"""What images there are: find them on disk, describe them by a CSV, filter and weigh them. Pixels are not touched.
 
-What is made from images (pieces, copies, mixtures) is booked in the CSV with its `origin` and inherits their patients;
-records are kin where they share either, and no split parts kin.
+What is made from images (pieces, copies, mixtures) is booked in the CSV with its `origin` and inherits their patients.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import csv
 import itertools
 import logging
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,11 +62,16 @@ class Record:
 
     @property
     def patients(self) -> tuple[str, ...]:
-        return _names(self.patient)
+        return names_of(self.patient)
 
     @property
     def origins(self) -> tuple[str, ...]:
-        return _names(self.origin)
+        return names_of(self.origin)
+
+
+def names_of(cell: str) -> tuple[str, ...]:
+    """The names in a cell of the CSV that may hold several."""
+    return tuple(name.strip() for name in cell.split(SEPARATOR) if name.strip())
 
 
 def find_records(path: str | Path) -> list[Record]:
@@ -180,15 +183,15 @@ def derive_record(
     return Record(id, image, masks, **same, patient=SEPARATOR.join(patients), origin=SEPARATOR.join(origins))
 
 
-def book_records(path: str | Path, records: Sequence[Record], dry_run: bool = False) -> int:
-    """Add a row a record to a CSV that describes images; what is in it already stays as it is.
+def book_rows(path: str | Path, rows: Mapping[str, Mapping[str, str]], dry_run: bool = False) -> int:
+    """Add rows to a CSV that describes images; what is in it already stays as it is.
 
     Parameters
     ----------
     path : path
         Made where it is missing; a column that is missing is added.
-    records : sequence of Record
-        Those that are booked already are passed over.
+    rows : mapping
+        Id -> column -> value, as `read_table` gives them. Ids that are booked already are passed over.
     dry_run : bool
         Write nothing.
 
@@ -200,24 +203,34 @@ def book_records(path: str | Path, records: Sequence[Record], dry_run: bool = Fa
     Raises
     ------
     ValueError
-        The CSV describes another image under the id of one of them.
+        The CSV describes another image under one of the ids.
     """
     path = Path(path)
-    table = read_table(path) if path.is_file() else {}
-    fresh = []
-    for record in records:
-        booked = (table.get(record.id) or {}).get("origin") or ""
-        if record.id not in table:
-            fresh.append(record)
-        elif booked != record.origin:
-            raise ValueError(
-                f"{path}: '{record.id}' is there with the origin '{booked}', not '{record.origin}'; rename that image"
-            )
-    if not fresh or dry_run:
-        return len(fresh)
-    new = {r.id: {"image_id": r.id, **{column: getattr(r, column) for column in CSV_COLUMNS}} for r in fresh}
-    write_table(path, table | new)
-    return len(fresh)
+    table: dict[str, Mapping[str, str]] = dict(read_table(path)) if path.is_file() else {}
+    for name, row in rows.items():
+        if clash := find_clash(table, name, row):
+            raise ValueError(f"{path}: {clash}")
+    blank = dict.fromkeys(CSV_COLUMNS, "")
+    new = {name: {"image_id": name, **blank, **row} for name, row in rows.items() if name not in table}
+    if new and not dry_run:
+        write_table(path, table | new)
+    return len(new)
+
+
+def find_clash(table: Mapping[str, Mapping[str, str]], name: str, row: Mapping[str, str]) -> str:
+    """Why a row cannot stand for the one of that id in the table, as it is of another image; empty where it can."""
+    if name not in table or "origin" not in row:
+        return ""
+    booked, wanted = table[name].get("origin") or "", row["origin"] or ""
+    if booked == wanted:
+        return ""
+    return f"'{name}' is there with the origin '{booked}', not '{wanted}'; rename that image"
+
+
+def book_records(path: str | Path, records: Sequence[Record], dry_run: bool = False) -> int:
+    """Add a row a record to a CSV that describes images, as `book_rows` does."""
+    rows = {r.id: {"image_id": r.id, **{column: getattr(r, column) for column in CSV_COLUMNS}} for r in records}
+    return book_rows(path, rows, dry_run)
 
 
 def read_ids(path: str | Path) -> set[str]:
@@ -258,184 +271,12 @@ def filter_records(records: Sequence[Record], options: Dataset, side: str = "") 
     if records and not kept:
         rules = [f"{prefix}{column} = {', '.join(sorted(names))}" for column, names in wanted.items()]
         rules += [f"{prefix}blacklist of {len(black)} ids"] if black else []
-        there = "; ".join(f"{column}: {_list_values(records, column)}" for column in wanted)
+        there = "; ".join(f"{column}: {list_values(records, column)}" for column in wanted)
         raise ValueError(
             f"no image passes the filter ({'; '.join(rules)}); is [dataset] csv_file right? There are "
             + (there or f"{len(records)} images, all of them on the black list")
         )
     return kept
-
-
-def split_records(
-    records: Sequence[Record], ratio: float, seed: int, by: str = "patient"
-) -> tuple[list[Record], list[Record]]:
-    """Split into training and validation records.
-
-    Kin stay together, and every sub-category gives about `ratio` of its images.
-
-    Parameters
-    ----------
-    ratio : float
-        Share of the images for validation; 0 puts all into training.
-    seed : int
-        The same seed and records give the same split.
-    by : {'patient', 'image'}
-        What must not be parted.
-
-    Notes
-    -----
-    What was made from images that are there counts nothing, so that adding copies or stitched images to a training set
-    does not move the images it was trained on to the other side.
-    """
-    rng = np.random.default_rng(seed)
-    ids = {record.id for record in records}
-    valid: set[str] = set()
-    for members in _stratify(records, by):
-        sizes = [sum(not ids.intersection(_names(record.origin)) for record in group) for group in members]
-        quota, taken = ratio * sum(sizes), 0
-        for i in rng.permutation(len(members)):
-            if taken + sizes[i] / 2 <= quota and ratio > 0:
-                valid.update(record.id for record in members[i])
-                taken += sizes[i]
-    return [r for r in records if r.id not in valid], [r for r in records if r.id in valid]
-
-
-def fold_records(
-    records: Sequence[Record], n_folds: int, fold: int, seed: int, by: str = "patient"
-) -> tuple[list[Record], list[Record]]:
-    """Training and validation records of one of `n_folds` folds; each record validates in exactly one of them.
-
-    Kin stay together. Every sub-category is dealt out evenly: the largest groups first, each to the fold that has the
-    fewest images of the kind (of equal ones, the fewest in all).
-
-    Parameters
-    ----------
-    n_folds : int
-        At least 2.
-    fold : int
-        1..n_folds
-    seed : int
-        The same seed and records give the same folds.
-    by : {'patient', 'image'}
-        What must not be parted.
-
-    Raises
-    ------
-    ValueError
-        There are fewer groups than folds.
-    """
-    rng = np.random.default_rng(seed)
-    total = np.zeros(n_folds, int)
-    place: dict[str, int] = {}
-    for members in _stratify(records, by):
-        own = np.zeros(n_folds, int)
-        for i in sorted(rng.permutation(len(members)), key=lambda i: -len(members[i])):
-            target = np.lexsort((total, own))[0]
-            own[target] += len(members[i])
-            total[target] += len(members[i])
-            place.update((record.id, int(target) + 1) for record in members[i])
-    if not total.all():
-        what = "patients" if by == "patient" else "images"
-        raise ValueError(f"[dataset] cv_folds = {n_folds}: there are too few {what} for so many, a fold stays empty")
-    return [r for r in records if place[r.id] != fold], [r for r in records if place[r.id] == fold]
-
-
-def leave_out_records(
-    records: Sequence[Record], names: Sequence[str], by: str = "patient"
-) -> tuple[list[Record], list[Record]]:
-    """All but some sub-categories to train on, and those to validate.
-
-    What is kin of a validation image but of another sub-category is in neither.
-
-    Raises
-    ------
-    ValueError
-        A name is no sub-category of the records, or nothing is left to train on.
-    """
-    unknown = set(names) - {record.sub_category for record in records}
-    if unknown:
-        there = _list_values(records, "sub_category")
-        raise ValueError(f"[dataset] leave_out = {', '.join(sorted(unknown))}: no such sub_category; there are {there}")
-    valid = [record for record in records if record.sub_category in names]
-    out = {r.id for group in group_records(records, by) if any(r.sub_category in names for r in group) for r in group}
-    train = [record for record in records if record.id not in out]
-    if not train:
-        raise ValueError(f"[dataset] leave_out = {', '.join(names)} leaves nothing to train on")
-    if len(out) > len(valid):
-        logger.info(
-            "%d images of other kinds share a patient with those left out, and are not used", len(out) - len(valid)
-        )
-    return train, valid
-
-
-def split_by_ids(records: Sequence[Record], path: str | Path) -> tuple[list[Record], list[Record]]:
-    """Split by a list of validation ids, one a line.
-
-    What was made from listed images alone validates, too; a mixture of listed and other images is in neither.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        No such list; or none of its ids is among the records.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"[dataset] valid_ids = {path}: no such file")
-    ids = read_ids(path)
-    known = {name for record in records for name in (record.id, *record.origins)}
-    if not ids & known:
-        raise ValueError(f"[dataset] valid_ids = {path}: none of its {len(ids)} ids is among the {len(known)} images")
-    if ids - known:
-        logger.warning("%s: %d of its %d ids are not among the images", path, len(ids - known), len(ids))
-    touched = {r.id for r in records if r.id in ids or ids & set(r.origins)}
-    pure = {r.id for r in records if r.id in ids or (r.id in touched and set(r.origins) <= ids | touched)}
-    if len(touched) > len(pure):
-        logger.info("%d mixtures of validation and other images are not used", len(touched) - len(pure))
-    return [r for r in records if r.id not in touched], [r for r in records if r.id in pure]
-
-
-def load_split(data: Path, options: Dataset) -> tuple[list[Record], list[Record]]:
-    """The training and validation records of a data folder, as the settings have it.
-
-    ``data/train`` (or `data` itself, where it has no such folder) split by ``valid_ids``, ``cv_folds`` or
-    ``leave_out`` where one is set; else ``data/train`` and ``data/valid`` where both are there; else split by
-    ``cv_ratio`` and ``cv_seed``. The lists of either side are applied last, so they never move an image to the other.
-    """
-    folder = data / "train" if (data / "train").is_dir() else data
-    records = load_records(folder, data, options)
-    if not options.divides and (data / "valid").is_dir():
-        return _filter_sides(records, load_records(data / "valid", data, options), options)
-    return divide_records(records, options)
-
-
-def divide_records(records: Sequence[Record], options: Dataset) -> tuple[list[Record], list[Record]]:
-    """Training and validation records by ``valid_ids``, ``cv_folds`` or ``leave_out``, else by ``cv_ratio``."""
-    if options.valid_ids is not None:
-        train, valid = split_by_ids(records, options.valid_ids)
-    elif options.cv_folds:
-        train, valid = fold_records(records, options.cv_folds, options.cv_fold, options.cv_seed, options.cv_group)
-    elif options.leave_out:
-        train, valid = leave_out_records(records, options.leave_out, options.cv_group)
-    else:
-        train, valid = split_records(records, options.cv_ratio, options.cv_seed, options.cv_group)
-    return _filter_sides(train, valid, options)
-
-
-def join_records(
-    records: Sequence[Record], train: Sequence[Record], valid: Sequence[Record], options: Dataset
-) -> tuple[list[Record], list[Record]]:
-    """Which of `records`, new to a split that is there, join its training and its validation side.
-
-    A record joins the side of its kin; those without kin there are divided by the settings.
-    """
-    held, trained = {record.id for record in valid}, {record.id for record in train}
-    sides: dict[str, list[Record]] = {"train": [], "valid": [], "new": []}
-    new = {record.id: record for record in records if record.id not in held | trained}
-    for group in group_records([*train, *valid, *new.values()], options.cv_group):
-        ids = {record.id for record in group}
-        side = "valid" if ids & held else "train" if ids & trained else "new"
-        sides[side] += [new[record.id] for record in group if record.id in new]
-    more_train, more_valid = divide_records(sides["new"], options) if sides["new"] else ([], [])
-    return sides["train"] + more_train, sides["valid"] + more_valid
 
 
 def copy_records(records: Sequence[Record], taken: Iterable[str]) -> list[Record]:
@@ -447,47 +288,43 @@ def copy_records(records: Sequence[Record], taken: Iterable[str]) -> list[Record
     return copies
 
 
-def load_records(folder: Path, data: Path, options: Dataset) -> list[Record]:
-    """The records of `folder`, described by the CSV of the data set and filtered by the settings."""
-    table = table_path(data, options)
+def load_records(folder: Path, data: Path, options: Dataset, beside: Path | None = None) -> list[Record]:
+    """The records of `folder`, described by the CSV of the data set (`table_path`) and filtered by the settings."""
+    table = table_path(data, options, beside)
     records = find_records(folder)
     if table.is_file():
         records = describe_records(records, read_table(table))
     return filter_records(records, options)
 
 
-def table_path(data: Path, options: Dataset) -> Path:
-    """The CSV of a data folder; one that the settings do not name need not be there."""
-    if options.csv_file is not None and not options.csv_file.is_file():
-        raise FileNotFoundError(f"[dataset] csv_file = {options.csv_file}: no such file")
-    return options.csv_file or data / "dataset.csv"
-
-
-def group_records(records: Sequence[Record], by: str = "patient") -> list[list[Record]]:
-    """Records that must not be parted, group by group, in order of id.
+def table_path(data: Path, options: Dataset, beside: Path | None = None) -> Path:
+    """The CSV of a data set: that of the settings, or one beside a folder of images, or that of the data folder.
 
     Parameters
     ----------
-    by : {'patient', 'image'}
-        'image': an image and what was made from it are kin; 'patient': images of a patient are, too. A mixture makes
-        kin of all it was made from.
+    data : path
+        The data folder.
+    beside : path, optional
+        A folder of images that may lie elsewhere. A ``dataset.csv`` next to it comes first, there or not yet, unless
+        only the data folder has one.
+
+    Returns
+    -------
+    path
+        It need not be there.
+
+    Raises
+    ------
+    FileNotFoundError
+        The settings name a CSV that is not there.
     """
-    leader: dict[str, str] = {}
-
-    def find(name: str) -> str:
-        while leader.setdefault(name, name) != name:
-            leader[name] = leader[leader[name]]
-            name = leader[name]
-        return name
-
-    ordered = sorted(records, key=lambda record: record.id)
-    for record in ordered:
-        for tie in _ties(record, by):
-            leader[find(tie)] = find(f"image {record.id}")
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record in ordered:
-        groups[find(f"image {record.id}")].append(record)
-    return list(groups.values())
+    if options.csv_file is not None:
+        if not options.csv_file.is_file():
+            raise FileNotFoundError(f"[dataset] csv_file = {options.csv_file}: no such file")
+        return options.csv_file
+    inside = data / "dataset.csv"
+    near = inside if beside is None else beside.parent / "dataset.csv"
+    return near if near.is_file() or not inside.is_file() else inside
 
 
 def balance_weights(
@@ -522,28 +359,6 @@ def balance_weights(
     return weights / weights.mean()
 
 
-def format_epoch(train: Sequence[Record], valid: Sequence[Record], weights: NDArray[np.float64] | None) -> str:
-    """A table of what an epoch will contain: a line a sub-category, to print.
-
-    Parameters
-    ----------
-    weights : (N,) float64, optional
-        How often each of the N training records is wanted, as `balance_weights` gives it; once each where not given.
-    """
-    weights = np.ones(len(train)) if weights is None else weights
-    kinds = sorted({record.sub_category for record in (*train, *valid)})
-    of = np.array([kinds.index(record.sub_category) for record in train], int)
-    images, drawn = np.bincount(of, minlength=len(kinds)), np.bincount(of, weights, minlength=len(kinds))
-    held = Counter(record.sub_category for record in valid)
-    rows = [(k or "uncategorised", int(n), d, held[k]) for k, n, d in zip(kinds, images, drawn, strict=True)]
-    rows.append(("all", len(train), float(drawn.sum()), len(valid)))
-    width = max(len(name) for name, *_ in rows)
-    lines = [f"{'':{width}}  training  an epoch   each  validation"]
-    for name, n, d, v in rows:
-        lines.append(f"{name:{width}}  {n:8}  {d:8.0f}  {f'{d / n:.1f}x' if n else '-':>5}  {v:10}")
-    return "\n".join(lines)
-
-
 def count_by(records: Iterable[Record], key: Callable[[Record], str] = lambda r: r.sub_category) -> dict[str, int]:
     """How many records there are of each kind, in order of name."""
     return dict(sorted(Counter(key(record) for record in records).items()))
@@ -554,38 +369,9 @@ def format_counts(records: Iterable[Record]) -> str:
     return ", ".join(f"{name or 'uncategorised'} {n}" for name, n in count_by(records).items())
 
 
-def _names(cell: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in cell.split(SEPARATOR) if name.strip())
-
-
-def _list_values(records: Iterable[Record], column: str) -> str:
+def list_values(records: Iterable[Record], column: str) -> str:
+    """The values of a column that there are, to print."""
     return ", ".join(sorted({getattr(record, column) or "(none)" for record in records}))
-
-
-def _ties(record: Record, by: str) -> list[str]:
-    """What makes records kin, in a name space a kind: a patient may be called like an image."""
-    patients = record.patients if by == "patient" else ()
-    return [f"image {name}" for name in record.origins] + [f"patient {name}" for name in patients]
-
-
-def _stratify(records: Sequence[Record], by: str) -> list[list[list[Record]]]:
-    """Groups of kin, those of each sub-category together, in order of its name."""
-    strata: dict[str, list[list[Record]]] = defaultdict(list)
-    for group in group_records(records, by):
-        strata[group[0].sub_category].append(group)
-    return [strata[name] for name in sorted(strata)]
-
-
-def _filter_sides(
-    train: Sequence[Record], valid: Sequence[Record], options: Dataset
-) -> tuple[list[Record], list[Record]]:
-    """Apply the lists of either side, and tell where kin stand on both."""
-    train, valid = filter_records(train, options, "train"), filter_records(valid, options, "valid")
-    held = {id(record) for record in valid}
-    sides = ({id(record) in held for record in group} for group in group_records([*train, *valid], options.cv_group))
-    if parted := sum(len(side) > 1 for side in sides):
-        logger.warning("%d patients have images on both sides of the split; scores will flatter", parted)
-    return train, valid
 
 
 def _read_blacklist(entries: Iterable[str], key: str) -> set[str]:

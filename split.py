@@ -16,10 +16,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from config import Config
-from files import replacing
+from division import divide_records, join_records
+from files import is_filled, replacing
 from helper import make_parser, run_script
 from link import add_links, finish_links, link_record
 from record import (
@@ -27,10 +29,8 @@ from record import (
     book_records,
     copy_records,
     describe_records,
-    divide_records,
     find_records,
     format_counts,
-    join_records,
     load_records,
     read_table,
     table_path,
@@ -44,14 +44,14 @@ def run(config: Config, args: argparse.Namespace) -> int:
         return 0
     records = load_records(args.folder, args.data, config.dataset)
     broken = [record.problem for record in records if record.problem]
-    if broken and config.dataset.on_bad == "refuse":
-        raise ValueError(f"{broken[0]}; [dataset] on_bad = skip leaves such images out")
     records = [record for record in records if not record.problem]
+    if not records:
+        raise ValueError(f"{broken[0]}; {args.folder} has no other image")
     copied = (oversample if args.oversample else divide)(records, sides, config, args)
     if copied:
         print(f"{copied} files were copied: {args.folder} and {args.data} do not share a drive that can link")
     for problem in broken:
-        print(f"skipped: {problem}", file=sys.stderr)
+        print(f"refused: {problem}", file=sys.stderr)
     return 3 if broken else 0
 
 
@@ -62,11 +62,13 @@ def divide(records: list[Record], sides: dict[str, Path], config: Config, args: 
             raise ValueError(
                 f"{folder} is not empty; delete it first (hard links: the originals stay), or add by --oversample"
             )
-    copied = 0
-    for folder, members in zip(sides.values(), divide_records(records, config.dataset), strict=True):
-        if members and not args.dry_run:
-            with replacing(folder) as stage:
+    copied, divided = 0, list(zip(sides.values(), divide_records(records, config.dataset), strict=True))
+    with ExitStack() as stack:  # both are complete before either appears
+        for folder, members in divided:
+            if members and not args.dry_run:
+                stage = stack.enter_context(replacing(folder))
                 copied += sum(link_record(record, args.folder, stage) for record in members)
+    for folder, members in divided:
         print(f"{folder}: {len(members)} images ({format_counts(members)})" if members else f"{folder}: none")
     return copied
 
@@ -75,7 +77,7 @@ def oversample(records: list[Record], sides: dict[str, Path], config: Config, ar
     """Add to what is there; how many files had to be copied."""
     path = table_path(args.data, config.dataset)
     table = read_table(path) if path.is_file() else {}
-    train, valid = (describe_records(find_records(f), table) if _filled(f) else [] for f in sides.values())
+    train, valid = (describe_records(find_records(f), table) if is_filled(f) else [] for f in sides.values())
     if (train or valid) and (sides["train"] / "images").is_dir() != (args.folder / "images").is_dir():
         raise ValueError(f"{args.folder} and {sides['train']} are of different layouts; only the same can be joined")
     more, held = join_records(records, train, valid, config.dataset)
@@ -93,10 +95,6 @@ def oversample(records: list[Record], sides: dict[str, Path], config: Config, ar
     print(f"{sides['valid']}: {len(held)} new images; {len(records) - len(more) - len(held) - len(again)} left alone")
     print(f"{path}: {n_booked} copies {'to book' if args.dry_run else 'booked'}")
     return copied
-
-
-def _filled(folder: Path) -> bool:
-    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

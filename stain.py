@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.color import rgb2hed
 
+from light import density, intensity
+
 Image = NDArray[np.uint8]
 
 #: What a stain of full strength is in units of scikit-image; 99 percent of the pixels of stained tissue lie below.
@@ -29,8 +31,6 @@ MIN_TISSUE = 100  # pixels from which stains can be told
 MIN_LIKENESS = 0.94  # cosine between a stain and that of the reference; below it, it is another dye
 MIN_ANGLE = 0.2  # radians between two stains; below it there is one
 GRAY_RANGE, COLORED_SHARE = 8, 0.01  # a pixel has a colour where its channels differ by more; an image where more do
-#: Optical density (minus the logarithm of the transmitted share) of each 8-bit intensity.
-_DENSITY = -np.log((np.arange(256) + 1) / 256)
 
 
 def see(image: Image, space: str = "rgb", normalize: str = "none") -> Image:
@@ -61,15 +61,15 @@ def normalize_macenko(image: Image) -> Image:
     M. Macenko et al., A method for normalizing histology slides for quantitative analysis, 2009,
     doi:10.1109/ISBI.2009.5193250
     """
-    density = _DENSITY[image].reshape(-1, 3)
-    tissue = density[((density > MIN_DENSITY) & (density < MAX_DENSITY)).all(axis=1)]
+    absorbed = density(image).reshape(-1, 3).astype(np.float64)
+    tissue = absorbed[((absorbed > MIN_DENSITY) & (absorbed < MAX_DENSITY)).all(axis=1)]
     stains = _find_stains(tissue) if len(tissue) >= MIN_TISSUE else None
     if stains is None:
         return image
-    amounts = density @ np.linalg.pinv(stains)
+    amounts = absorbed @ np.linalg.pinv(stains)
     strongest = np.maximum(np.percentile(amounts, 99, axis=0), 1e-3)
     normal = (amounts * (AMOUNTS / strongest)) @ STAINS
-    return _to_image(256 * np.exp(-normal) - 1, image.shape)
+    return _to_image(intensity(normal), image.shape)
 
 
 def normalize_reinhard(image: Image) -> Image:
@@ -81,7 +81,7 @@ def normalize_reinhard(image: Image) -> Image:
     ----------
     E. Reinhard et al., Color transfer between images, 2001, doi:10.1109/38.946629; in CIELAB, in place of their space.
     """
-    stained = np.clip(_DENSITY[image].max(axis=-1) / (2 * MIN_DENSITY), 0, 1)[..., None]
+    stained = np.clip(density(image).max(axis=-1) / (2 * MIN_DENSITY), 0, 1)[..., None]
     lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     tissue = lab[stained[..., 0] == 1]
     if len(tissue) < MIN_TISSUE:

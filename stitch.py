@@ -22,9 +22,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import Config
+from division import training_records
 from helper import make_parser, run_script
 from image import ImageError
-from record import Record, book_records, divide_records, format_counts, load_records
+from record import Record, book_records, format_counts, table_path
 from stitching import Plan, Summary, format_summaries, make_stitch, pick_worst, plan_stitches, write_stitch
 
 
@@ -33,38 +34,46 @@ def run(config: Config, args: argparse.Namespace) -> int:
     for name, least in (("images", 1), ("keep", 1), ("width", 64), ("seed", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: at least {least}")
-    plans = plan_stitches(choose_material(config, args), args.images, args.seed, args.mix)
+    material, refused = choose_material(config, args)
+    plans = plan_stitches(material, args.images, args.seed, args.mix)
     folder = args.folder.absolute()
     target = args.output or folder.with_name(f"{folder.name or folder.resolve().name}_stitch")
     todo = [plan for plan in plans if not (target / plan.id).exists()]
     kinds = f" ({format_counts(plan.base for plan in todo)})" if todo else ""
     print(f"{target}: {len(todo)} images to make{kinds}, {len(plans) - len(todo)} there already")
-    if args.dry_run:
-        return 0
-    # Booked before they are made: a run that is cut off leaves rows without images, never an image without its patient.
-    table = args.csv or config.dataset.csv_file or args.data / "dataset.csv"
-    print(f"{table}: {book_records(table, [plan.record for plan in plans])} new rows")
-    return make(todo, target, args.width, config)
+    if not args.dry_run:
+        # Booked before they are made: a run that is cut off leaves rows without images, never an image without its
+        # patient.
+        table = args.csv or table_path(args.data, config.dataset)
+        print(f"{table}: {book_records(table, [plan.record for plan in plans])} new rows")
+        refused += make(todo, target, args.width, config)
+    for problem in dict.fromkeys(refused):
+        print(f"refused: {problem}", file=sys.stderr)
+    return 3 if refused else 0
 
 
-def choose_material(config: Config, args: argparse.Namespace) -> list[Record]:
-    """The images to take nuclei from: no validation images, where these are listed; the worst alone, where wanted."""
-    records = load_records(args.folder, args.data, config.dataset)
-    if config.dataset.valid_ids is not None:
-        records, valid = divide_records(records, config.dataset)
-        print(f"{len(valid)} validation images are left out")
+def choose_material(config: Config, args: argparse.Namespace) -> tuple[list[Record], list[str]]:
+    """The images to take nuclei from, none that validates and the worst alone where wanted, and what is none."""
+    records, held = training_records(args.folder, args.data, config.dataset)
+    if held:
+        print(f"{len(held)} images that validate, or are kin of such, are left out")
+    if not records:
+        raise ValueError(f"{args.folder}: all {len(held)} images validate, or are kin of such; none is left")
+    refused = [r.problem or f"{r.image}: has no masks" for r in records if r.problem or r.masks is None]
+    records = [record for record in records if not record.problem and record.masks is not None]
     if args.worst:
         records = pick_worst(args.worst, records, args.keep)
         print(f"{args.worst}: the {len(records)} worst ({format_counts(records)})")
-    return records
+    return records, refused
 
 
-def make(plans: Sequence[Plan], target: Path, width: int, config: Config) -> int:
+def make(plans: Sequence[Plan], target: Path, width: int, config: Config) -> list[str]:
+    """Make the images, and say why one could not be made."""
     made: list[Summary] = []
     refused: list[str] = []
     for plan in tqdm(plans, unit="image", disable=None):
         try:
-            stitch = make_stitch(plan, width, config.pre.policy[:2])
+            stitch = make_stitch(plan, width, config.pre.policy.stored)
         except ImageError as error:
             refused.append(str(error))
             continue
@@ -72,9 +81,7 @@ def make(plans: Sequence[Plan], target: Path, width: int, config: Config) -> int
         made.append(stitch.summary)
     if made:
         print(format_summaries(made))
-    for problem in dict.fromkeys(refused):
-        print(f"refused: {problem}", file=sys.stderr)
-    return 3 if refused else 0
+    return refused
 
 
 def main(argv: Sequence[str] | None = None) -> int:

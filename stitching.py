@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from annotation import write_masks
+from annotation import write_sample
 from collage import mirror_tile, paste_nuclei
-from files import replacing
-from image import read_image, read_labels
+from columns import align
+from config import Policy
+from image import Pixels, read_image, read_labels, write_pixels
 from labels import adjacency, relabel, remove_small, split_fragments
 from record import Record, derive_record
 
@@ -142,7 +142,7 @@ def plan_stitches(records: Sequence[Record], n: int, seed: int, mix: bool = Fals
     return plans
 
 
-def make_stitch(plan: Plan, width: int, policy: tuple[Sequence[int], tuple[float, float]]) -> Stitch:
+def make_stitch(plan: Plan, width: int, policy: Policy) -> Stitch:
     """Make an image: a window of the mirrored plane of the base, and nuclei pasted against those that are there.
 
     Parameters
@@ -150,8 +150,8 @@ def make_stitch(plan: Plan, width: int, policy: tuple[Sequence[int], tuple[float
     plan : Plan
     width : int
         Side of the image in pixels.
-    policy : tuple
-        Channels and percentiles, as `image.read_image` takes them.
+    policy : Policy
+        How to read the images: `Policy.stored`, as what is made is stored and read like any other.
 
     Raises
     ------
@@ -174,25 +174,19 @@ def make_stitch(plan: Plan, width: int, policy: tuple[Sequence[int], tuple[float
 def write_stitch(folder: Path, stitch: Stitch) -> None:
     """Write an image in the Kaggle layout below `folder`, whole or not at all."""
     name = stitch.id
-    with replacing(folder / name) as stage:
-        (stage / "images").mkdir(parents=True)
-        Image.fromarray(stitch.image).save(stage / "images" / f"{name}.png")
-        write_masks(stage, stitch.labels)
+    write_sample(folder, name, lambda images: write_pixels(images, name, Pixels(stitch.image, False)), stitch.labels)
 
 
 def format_summaries(summaries: Sequence[Summary]) -> str:
     """What was made, by kind, as a table to print."""
-    lines = [f"{'category':<20}{'images':>7}{'nuclei':>8}{'pasted':>8}{'contacts before':>17}{'after':>7}"]
+    rows: list[tuple[object, ...]] = [("", "images", "nuclei", "pasted", "contacts before", "after")]
     for kind in sorted({summary.kind for summary in summaries}):
         members = [summary[1:] for summary in summaries if summary.kind == kind]
-        nuclei, pasted, before, after = (sum(column) for column in zip(*members, strict=True))
-        lines.append(f"{kind or 'uncategorised':<20}{len(members):>7}{nuclei:>8}{pasted:>8}{before:>17}{after:>7}")
-    return "\n".join(lines)
+        rows.append((kind or "uncategorised", len(members), *(sum(column) for column in zip(*members, strict=True))))
+    return align(rows)
 
 
-def _read(
-    record: Record, policy: tuple[Sequence[int], tuple[float, float]]
-) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+def _read(record: Record, policy: Policy) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     assert record.masks is not None
     image = read_image(record.image, *policy)
     return image, read_labels(record.masks, image.shape[:2])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from annotation import write_sample
 from config import pick
-from files import replacing
+from image import Pixels, write_pixels
 from labels import depth
 
 Map = NDArray[np.floating]
@@ -114,8 +115,19 @@ def draw_sample(
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), labels
 
 
+def image_ids(n_images: int, prefix: str = "") -> list[str]:
+    """Ids of the images of a data set that `write_dataset` writes, in order, such as ``fluorescence_0000``."""
+    kinds = list(KINDS)
+    return [f"{prefix}{kinds[index % len(kinds)]}_{index:04d}" for index in range(n_images)]
+
+
 def write_dataset(
-    folder: Path, n_images: int, seed: int = 0, shape: tuple[int, int] = (256, 256), masks: bool = True
+    folder: Path,
+    n_images: int,
+    seed: int = 0,
+    shape: tuple[int, int] = (256, 256),
+    masks: bool = True,
+    prefix: str = "",
 ) -> list[str]:
     """Write a data set in the Kaggle layout, the kinds of `KINDS` in turn.
 
@@ -135,32 +147,22 @@ def write_dataset(
         (height, width) of each image.
     masks
         False leaves the masks out, as in a test set.
+    prefix
+        Stands before each id.
 
     Returns
     -------
     ids
-        Image ids in order, such as ``fluorescence_0000``.
+        As `image_ids` gives them.
     """
-    folder, kinds, ids = Path(folder), list(KINDS), []
-    for index in range(n_images):
-        kind = kinds[index % len(kinds)]
-        ids.append(f"{kind}_{index:04d}")
-        if not (folder / ids[-1]).exists():
+    folder, kinds, ids = Path(folder), list(KINDS), image_ids(n_images, prefix)
+    for index, name in enumerate(ids):
+        if not (folder / name).exists():
             own_seed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-            image, labels = draw_sample(own_seed, shape, kind)
-            _write_image(folder, ids[-1], image, labels if masks else None)
+            image, labels = draw_sample(own_seed, shape, kinds[index % len(kinds)])
+            draw = partial(write_pixels, name=name, pixels=Pixels(image, False))
+            write_sample(folder, name, draw, labels if masks else None)
     return ids
-
-
-def _write_image(folder: Path, name: str, image: NDArray[np.uint8], labels: NDArray[np.int32] | None) -> None:
-    with replacing(folder / name) as stage:
-        (stage / "images").mkdir(parents=True)
-        Image.fromarray(image).save(stage / "images" / f"{name}.png")
-        if labels is not None:
-            (stage / "masks").mkdir()
-            for index in range(1, labels.max() + 1):
-                mask = (labels == index).astype(np.uint8) * 255
-                Image.fromarray(mask).save(stage / "masks" / f"{index:04d}.png")
 
 
 # Shapes and places

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from config import CHECKPOINT_KEYS, Config
 from dataset import build_loader, open_cache
+from division import format_epoch, load_split
 from helper import (
     load_checkpoint,
     make_parser,
@@ -40,7 +41,7 @@ from metric import pixel_iou
 from model import build_model, model_options, place
 from network import Network
 from predict import Segmenter
-from record import Record, format_epoch, load_split
+from record import Record
 from score import score_image, summarize
 from target import make_targets, plan_targets
 from trainer import Trainer, log_graph, plan_span

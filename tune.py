@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from config import CHECKPOINT_KEYS, SPLIT_KEYS, Config
 from detector import MaskRCNN
+from division import load_split
 from helper import (
     DEFAULT_WEIGHTS,
     find_checkpoint,
@@ -40,7 +41,6 @@ from helper import (
 )
 from image import ImageError, read_image, read_labels
 from predict import Segmenter, load_segmenter
-from record import load_split
 from tuning import GRID, WITH_OPINION, Case, Tuner, form_opinion
 
 #: Processes that judge, at most: each holds all maps.

@@ -29,10 +29,11 @@ import plot
 from annotation import WRITERS, write_csv
 from color import equalize
 from config import SPLIT_KEYS, Config
+from division import load_split
 from helper import find_checkpoint, make_parser, prepare_process, run_script
 from image import ImageError, read_image, read_labels
 from predict import Segmenter, load_segmenter
-from record import Record, filter_records, find_records, load_records, load_split
+from record import Record, filter_records, find_records, load_records
 from score import Score, format_errors, format_summary, score_image, summarize, write_scores
 
 
@@ -157,7 +158,11 @@ def deliver(
 
 def draw(result: Result, config: Config):
     """The image beside its nuclei, the truth where it is known, and the probability maps, as a figure."""
-    image = equalize(result.image) if config.valid.view_color_equalize else result.image
+    image = result.image
+    if config.pre.color_space != "rgb":  # the network was shown false colours
+        image = read_image(result.record.image, *config.pre.policy.shown)
+    if config.valid.view_color_equalize:
+        image = equalize(image)
     panels: dict[str, NDArray[Any]] = {
         "image": image,
         f"{result.labels.max()} nuclei": plot.overlay(image, result.labels),

@@ -16,11 +16,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import SPLIT_KEYS, load_config
+from division import load_split
 from image import read_image, read_labels
 from metric import diagnose
 from plot import compare, save, side_by_side
 from predict import load_segmenter
-from record import load_split
 from score import score_image
 
 #: Side (px) of what is shown of an image.

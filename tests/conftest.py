@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from scripting import SMALL
+from synthetic import write_dataset
+
 
 @pytest.fixture(scope="session")
 def nuclei_data() -> Path:
@@ -17,3 +20,28 @@ def nuclei_data() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"NUCLEI_DATA = {folder}: no such folder")
     return Path(folder)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Work in an empty folder, where no config.ini of a developer lies."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A data folder with six small labelled images for training, two for validation and two to predict."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, n, seed in (("train", 6, 0), ("valid", 2, 1), ("test", 2, 2)):
+        write_dataset(folder / name, n, seed, shape=(48, 56), masks=name != "test")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(data, tmp_path_factory) -> Path:
+    """The checkpoint folder of two epochs."""
+    import train  # here, since most tests need no torch
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    assert train.main(["--data", str(data), "--checkpoint-dir", str(folder), "--epoch", "2", *SMALL]) == 0
+    return folder

@@ -10,15 +10,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("collage", "color", "config", "files", "labels", "network", "stain"),
+    ("columns", "config", "files", "labels", "light", "network"),
+    ("candidate", "collage", "color", "stain"),
     (
-        "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "candidate",
-        "tile", "annotation", "synthetic", "footprint", "helper", "view",
+        "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
+        "tile", "annotation", "footprint", "helper", "view",
         "outline", "likeness", "download",
     ),
     (
-        "postprocess", "confidence", "dataset", "link", "piece", "plot", "score", "stitching", "collect", "audit",
-        "survey",
+        "dataset", "division", "confidence", "link", "piece", "plot", "score", "stitching", "collect", "audit",
+        "survey", "synthetic",
     ),
     ("model", "tuning"),
     ("predict", "trainer", "report"),
@@ -32,6 +33,7 @@ WITHOUT_TORCH = (
     "labels",
     "image",
     "record",
+    "division",
     "target",
     "metric",
     "candidate",

@@ -146,9 +146,10 @@ def test_the_report_holds_every_finding(tmp_path):
 
 def test_a_blacklist_grows_and_keeps_what_a_user_wrote(tmp_path):
     path = tmp_path / "black.txt"
-    path.write_text("# mine\nb")
-    assert extend_blacklist(path, ["a", "b"]) == 1
-    assert path.read_text() == "# mine\nb\na\n"
+    path.write_text("# mine\nb  # blurred\nc,dim")
+    assert extend_blacklist(path, ["a", "b", "c"], dry_run=True) == 1
+    assert extend_blacklist(path, ["a", "b", "c"]) == 1
+    assert path.read_text() == "# mine\nb  # blurred\nc,dim\na\n"
     assert extend_blacklist(path, ["a", "b"]) == 0
     assert extend_blacklist(tmp_path / "none.txt", []) == 0 and not (tmp_path / "none.txt").exists()
     assert "leak" in BANNED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from synthetic import write_dataset
 ROWS = {"source": "Lab", "sub_category": "Dim"}
 
 
-def add(source: Path, data: Path, **options) -> Outcome:
-    sources = find_sources(source)
+def add(source: Path, data: Path, outlines: Path | None = None, **options) -> Outcome:
+    sources, _ = find_sources(source, outlines)
     rows = {record.id: ROWS for record, _ in sources}
     return add_images(sources, data, data / "dataset.csv", rows, **options)
 
@@ -180,7 +181,7 @@ def test_remove_undoes_add_and_loses_nothing(new, data):
     assert dry == outcome and len(outcome.done) == 3 and outcome.n_rows == 3
     assert contents(data / "train") == masks
     assert [row["image_id"] for row in read_table(data / "dataset.csv").values()] == list(before)
-    back = find_sources(data / "removed" / "train")
+    back, _ = find_sources(data / "removed" / "train")
     rows = read_table(data / "removed" / "train" / "dataset.csv")
     assert len(add_images(back, data, data / "dataset.csv", rows).done) == 3
     assert read_table(data / "dataset.csv")[outcome.done[0]]["source"] == "Lab"
@@ -207,11 +208,118 @@ def test_a_removal_that_was_cut_off_is_finished_by_the_next(new, data, monkeypat
     assert list(read_table(data / "dataset.csv")) == ["old_fluorescence_0000"]
 
 
+def geojson(path: Path, x: int, y: int) -> None:
+    """An outline of 8 x 8 pixels."""
+    ring = [[x, y], [x + 8, y], [x + 8, y + 8], [x, y + 8], [x, y]]
+    features = [{"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": {}}]
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+
+
+def test_corrected_masks_of_an_image_that_is_there_are_refused(new, data):
+    add(new, data)
+    first = find_records(new)[0]
+    before = contents(data)
+    assert isinstance(first.masks, tuple)
+    last = cv2.imread(str(first.masks[-1]), cv2.IMREAD_GRAYSCALE)
+    cv2.imwrite(str(first.masks[-1]), np.where(np.arange(48)[:, None] > np.flatnonzero(last.any(1))[0], last, 0))
+    for dry_run in (True, False):
+        outcome = add(new, data, dry_run=dry_run)
+        assert len(outcome.present) == 2 and not outcome.done
+        assert "is there with other masks" in outcome.refused[0]
+        assert f"prepare.py remove {first.id} first" in outcome.refused[0]
+    assert contents(data) == before
+    remove_images(data, data / "dataset.csv", [first.id])
+    assert add(new, data).done == [first.id]
+
+
+def test_the_same_nuclei_in_other_files_are_the_same(new, data):
+    add(new, data)
+    first = find_records(new)[0]
+    assert isinstance(first.masks, tuple)
+    for number, path in enumerate(reversed(first.masks)):
+        path.rename(path.with_name(f"z{number:04d}.png"))
+    assert len(add(new, data).present) == 3
+
+
+def test_outlines_that_are_named_win_over_masks(new, data):
+    first, second, third = find_records(new)
+    (new.parent / "corrected").mkdir()
+    geojson(new.parent / "corrected" / f"{first.id}.geojson", 4, 6)
+    outcome = add(new, data, new.parent / "corrected")
+    assert len(outcome.done) == 3
+    found = {record.id: record for record in find_records(data / "train")}
+    labels = read_labels(found[first.id].masks)
+    assert labels.max() == 1 and labels[6:14, 4:12].all() and labels.sum() == 64
+    assert np.array_equal(read_labels(found[second.id].masks), read_labels(second.masks))
+
+
+def test_outlines_of_no_image_are_named(new, data):
+    first, second, _ = find_records(new)
+    geojson(new / f"{first.id}.geojson", 4, 6)
+    assert [first.id in line and "--outlines" in line for line in find_sources(new)[1]] == [True]
+    shutil.rmtree(new / second.id / "masks")
+    geojson(new / f"{second.id}.geojson", 4, 6)
+    geojson(new / "stranger.geojson", 4, 6)
+    sources, lines = find_sources(new)
+    assert [source.annotation is not None for source in sources] == [False, True, False]
+    assert len(lines) == 2 and "has masks" in lines[0] and "stranger" in lines[1]
+
+
+def test_a_prefix_renames_what_an_image_was_made_from(new, data):
+    ids = [record.id for record in find_records(new)]
+    rows = {
+        name: {"source": "Lab", "origin": origin}
+        for name, origin in zip(ids, ("", ids[0], f"{ids[0]};far"), strict=True)
+    }
+    sources, _ = find_sources(new)
+    add_images(sources, data, data / "dataset.csv", rows, prefix="b_")
+    table = read_table(data / "dataset.csv")
+    assert [table[f"b_{name}"]["origin"] for name in ids] == ["", f"b_{ids[0]}", f"b_{ids[0]};far"]
+
+
+def test_a_row_of_another_image_is_no_row_of_this_one(new, data):
+    ids = [record.id for record in find_records(new)]
+    with (data / "dataset.csv").open("a") as table:
+        table.write(f"{ids[0]},Kaggle,\n")
+    sources, _ = find_sources(new)
+    rows = {name: {"source": "Lab", "origin": "whole"} for name in ids}
+    outcome = add_images(sources, data, data / "dataset.csv", rows)
+    assert outcome.done == ids[1:] and len(outcome.refused) == 1
+    assert "origin" in outcome.refused[0] and ids[0] in outcome.refused[0]
+    assert not (data / "train" / ids[0]).exists()
+
+
+@pytest.mark.parametrize("layout", ["folder of pieces", "label maps"])
+def test_what_is_not_removed_keeps_its_row(new, data, layout):
+    add(new, data)
+    ids = [record.id for record in find_records(new)]
+    if layout == "label maps":
+        (data / "other" / "images").mkdir(parents=True)
+        cv2.imwrite(str(data / "other" / "images" / "piece.png"), np.eye(9, dtype=np.uint8))
+    else:
+        (data / "new_crop" / "piece" / "images").mkdir(parents=True)
+    with (data / "dataset.csv").open("a") as table:
+        table.write("piece,Lab,,,,p1,\nlost,Lab,,,,p2,\n")
+    outcome = remove_images(data, data / "dataset.csv", sources=["Lab"])
+    assert sorted(outcome.done) == ids and outcome.n_rows == 4
+    assert list(read_table(data / "dataset.csv")) == ["old_fluorescence_0000", "piece"]
+    assert set(read_table(outcome.folder / "train" / "dataset.csv")) == {*ids, "lost"}
+
+
+def test_the_row_of_an_image_stays_while_another_folder_holds_it(new, data):
+    add(new, data)
+    first = find_records(new)[0].id
+    shutil.copytree(data / "train" / first, data / "source" / first)
+    outcome = remove_images(data, data / "dataset.csv", [first])
+    assert outcome.done == [first] and outcome.n_rows == 0
+    assert read_table(data / "dataset.csv")[first] == read_table(outcome.folder / "train" / "dataset.csv")[first]
+
+
 def test_remove_names_what_is_not_there(new, data):
     add(new, data)
     first = find_records(new)[0].id
     outcome = remove_images(data, data / "dataset.csv", [first, "nobody"])
-    assert outcome.done == [first] and outcome.refused == ["nobody: no image of that id"]
+    assert outcome.done == [first] and outcome.refused == ["nobody: no image of that id in train"]
     with pytest.raises(ValueError, match="nothing to remove of source Nobody"):
         remove_images(data, data / "dataset.csv", sources=["Nobody"])
 

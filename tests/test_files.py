@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from files import replacing
+from files import is_filled, replacing
 
 
 def names(folder):
@@ -60,3 +60,11 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
         stage.write_text("a")
     (tmp_path / "b").write_text("b")
     assert os.stat(tmp_path / "a").st_mode == os.stat(tmp_path / "b").st_mode
+
+
+def test_a_folder_with_hidden_files_alone_is_not_filled(tmp_path):
+    assert not is_filled(tmp_path / "absent") and not is_filled(tmp_path)
+    (tmp_path / ".mark").touch()
+    assert not is_filled(tmp_path)
+    (tmp_path / "a").touch()
+    assert is_filled(tmp_path)

@@ -140,6 +140,19 @@ def test_overlap_table_shows_both_shapes() -> None:
         room.overlap_table(np.zeros((2, 3), int), np.zeros((3, 2), int))
 
 
+@every_map
+def test_the_same_nuclei_under_other_numbers(labels: np.ndarray) -> None:
+    numbers = np.random.default_rng(0).permutation(1000)[: labels.max(initial=0)] + 1
+    assert room.same_instances(labels, np.concatenate([[0], numbers])[labels])
+    merged = np.minimum(labels, labels.max(initial=0) - 1).clip(0)
+    assert room.same_instances(labels, merged) == (not labels.any())
+
+
+def test_background_is_no_nucleus() -> None:
+    half = np.repeat([[0, 1]], 3, axis=0)
+    assert not room.same_instances(half, 1 - half)
+
+
 # boundaries
 
 

@@ -1,10 +1,9 @@
-"""The record room: layouts on disk, the table that describes them, filters and splits."""
+"""The record room: layouts on disk, the table that describes them, filters and weights."""
 
 from __future__ import annotations
 
 import csv
-import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +17,11 @@ from record import (
     count_by,
     derive_record,
     describe_records,
-    divide_records,
     filter_records,
     find_records,
-    fold_records,
-    format_epoch,
-    group_records,
-    leave_out_records,
-    load_split,
     read_ids,
     read_table,
-    split_by_ids,
-    split_records,
+    table_path,
     write_table,
 )
 from synthetic import write_dataset
@@ -212,16 +204,6 @@ def test_black_lists_by_id_and_by_file(tmp_path, monkeypatch):
         filter_records(records, options(blacklist="a, b, c, d"))
 
 
-def test_the_sides_have_lists_of_their_own():
-    records = plain(*map(str, range(20)), sub_category="F") + plain(*map(str, range(20, 40)), sub_category="HE")
-    everything = divide_records(records, options(cv_ratio=0.5))
-    train, valid = divide_records(records, options(cv_ratio=0.5, train_sub_category="F", valid_sub_category="HE"))
-    assert ids(train) == [r.id for r in everything[0] if r.sub_category == "F"]
-    assert ids(valid) == [r.id for r in everything[1] if r.sub_category == "HE"]
-    with pytest.raises(ValueError, match="valid_sub_category = Z.*There are sub_category: F, HE"):
-        divide_records(records, options(cv_ratio=0.5, valid_sub_category="Z"))
-
-
 def test_a_list_of_ids_may_be_a_table(tmp_path):
     assert read_ids(write_text(tmp_path / "a.csv", "\ufeffimage_id,why\na,empty\nb#1,holes\n")) == {"a", "b#1"}
 
@@ -237,16 +219,6 @@ def test_a_piece_inherits():
     other = Record("b", Path("b"), source="K", major_category="M", sub_category="IHC", patient="8")
     mixture = derive_record("ab", Path("m"), [parent, other])
     assert (mixture.sub_category, mixture.patients, mixture.origins) == ("", ("7", "8"), ("a", "b"))
-
-
-def test_kin_are_found_over_patients_and_mixtures():
-    a, b = plain("a", patient="b"), plain("b")
-    c, d, e = plain("c", patient="7"), plain("d", patient="7"), plain("e")
-    mixture = [derive_record("x", Path("x"), [*c, *e])]
-    groups = [ids(group) for group in group_records([*mixture, *e, *d, *c, *b, *a])]
-    assert groups == [["a"], ["b"], ["c", "d", "e", "x"]]
-    by_image = [ids(group) for group in group_records([*c, *d, derive_record("c_1", Path("x"), c)], by="image")]
-    assert by_image == [["c", "c_1"], ["d"]]
 
 
 def test_booking_adds_rows_and_changes_none(tmp_path):
@@ -266,164 +238,6 @@ def test_booking_adds_rows_and_changes_none(tmp_path):
     assert path.read_bytes() == before
     assert book_records(tmp_path / "new.csv", [piece]) == 1
     assert read_table(tmp_path / "new.csv")["a_0_0"]["origin"] == "a"
-
-
-# Splits
-
-
-def cohort(seed: int, n_patients: int = 60) -> list[Record]:
-    """Patients of 1 to 4 images each, of three kinds, and some images of no known patient."""
-    rng = np.random.default_rng(seed)
-    records = []
-    for patient in range(n_patients):
-        kind = str(rng.choice(["F", "HE", "P"], p=[0.6, 0.3, 0.1]))
-        for _ in range(rng.integers(1, 5)):
-            records.append(Record(f"{len(records):03d}", Path("x"), patient=str(patient), sub_category=kind))
-    return records + [Record(f"lone{i}", Path("x"), sub_category="F") for i in range(20)]
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("ratio", [0.1, 0.3])
-def test_split_parts_no_patient_and_keeps_the_ratio_of_each_kind(seed, ratio):
-    records = cohort(seed)
-    train, valid = split_records(records, ratio, seed)
-    assert sorted(ids(train) + ids(valid)) == sorted(ids(records))
-    assert not {r.patient for r in train if r.patient} & {r.patient for r in valid if r.patient}
-    assert abs(len(valid) / len(records) - ratio) < 0.04
-    wanted, found = count_by(records), count_by(valid)
-    for kind, n in wanted.items():  # a group is taken or left whole, so half of the largest may lack
-        assert abs(found.get(kind, 0) - ratio * n) <= 2, kind
-
-
-def test_split_depends_on_seed_and_ids_alone():
-    records = cohort(0)
-    first = split_records(records, 0.2, 3)
-    shuffled = [records[i] for i in np.random.default_rng(1).permutation(len(records))]
-    second = split_records(shuffled, 0.2, 3)
-    assert set(ids(first[1])) == set(ids(second[1]))
-    assert set(ids(first[1])) != set(ids(split_records(records, 0.2, 4)[1]))
-
-
-def test_ratio_zero_trains_on_all():
-    records = cohort(0)
-    assert split_records(records, 0, 1) == (records, [])
-    assert split_records([], 0.5, 1) == ([], [])
-
-
-def test_split_by_image_may_part_patients():
-    records = [Record(f"{i}", Path("x"), patient="one") for i in range(40)]
-    assert len(split_records(records, 0.25, 1, by="image")[1]) == 10
-    assert len(split_records(records, 0.25, 1, by="patient")[1]) in (0, 40)
-
-
-def test_a_patient_named_like_an_image_is_not_that_image():
-    records = [Record("a", Path("x")), *(Record(f"b{i}", Path("x"), patient="a") for i in range(3))]
-    valid = {frozenset(ids(split_records(records, 0.5, seed)[1])) for seed in range(20)}
-    assert frozenset(["b0", "b1", "b2"]) in valid or frozenset(["a"]) in valid
-
-
-def test_a_list_of_ids_splits(tmp_path, caplog):
-    listed = write_text(tmp_path / "ids.txt", "c\n\n  a\r\nghost\n")
-    with caplog.at_level(logging.WARNING):
-        train, valid = split_by_ids(plain("a", "b", "c"), listed)
-    assert (ids(train), ids(valid)) == (["b"], ["a", "c"])
-    assert "1 of its 3 ids" in caplog.text
-    with pytest.raises(ValueError, match="none of its 3 ids"):
-        split_by_ids(plain("x", "y"), listed)
-    with pytest.raises(FileNotFoundError, match="valid_ids"):
-        split_by_ids(plain("a"), tmp_path / "absent.txt")
-
-
-def test_a_list_of_ids_takes_what_was_made_from_them(tmp_path):
-    a, b, c = plain("a", "b", "c")
-    copy = derive_record("a_copy1", Path("x"), [a])
-    made = [copy, derive_record("a_0_0", Path("x"), [copy]), derive_record("b_0_0", Path("x"), [b])]
-    mixtures = [derive_record("ab", Path("x"), [a, b]), derive_record("ac", Path("x"), [a, c])]
-    listed = write_text(tmp_path / "ids.txt", "a\nc\n")
-    train, valid = split_by_ids([a, b, c, *made, *mixtures], listed)
-    assert (ids(train), ids(valid)) == (["b", "b_0_0"], ["a", "c", "a_copy1", "a_0_0", "ac"])
-    train, valid = split_by_ids(made[1:], listed)  # where the images themselves are not in the folder
-    assert (ids(train), ids(valid)) == (["b_0_0"], [])
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_folds_validate_each_image_once(seed):
-    records = cohort(seed)
-    folds = [fold_records(records, 4, fold, seed) for fold in (1, 2, 3, 4)]
-    assert sorted(image_id for _, valid in folds for image_id in ids(valid)) == sorted(ids(records))
-    for train, valid in folds:
-        assert sorted(ids(train) + ids(valid)) == sorted(ids(records))
-        assert not {r.patient for r in train if r.patient} & {r.patient for r in valid if r.patient}
-        for kind, n in count_by(records).items():
-            assert abs(count_by(valid).get(kind, 0) - n / 4) <= 4, kind  # patients have up to four images
-    with pytest.raises(ValueError, match="cv_folds = 3: .*too few patients"):
-        fold_records(plain("a", "b"), 3, 1, 0)
-
-
-def test_a_category_left_out_is_never_trained_on():
-    mixed = [Record("m", Path("m"), patient="7", sub_category="F"), Record("n", Path("n"), patient="7")]
-    records = plain("a", "b", sub_category="F") + plain("h", patient="7", sub_category="HE") + mixed
-    train, valid = leave_out_records(records, ("HE",))
-    assert (ids(train), ids(valid)) == (["a", "b"], ["h"])
-    assert ids(leave_out_records(records, ("HE",), by="image")[0]) == ["a", "b", "m", "n"]
-    with pytest.raises(ValueError, match="leave_out = H&E: no such sub_category; there are .*F, HE"):
-        leave_out_records(records, ("H&E",))
-    with pytest.raises(ValueError, match="nothing to train on"):
-        leave_out_records(records[:3], ("HE", "F"))
-
-
-def test_folders_that_part_a_patient_are_told(tmp_path, caplog):
-    touch(tmp_path, "train/a.png", "train/b.png", "valid/c.png")
-    write_text(tmp_path / "dataset.csv", "image_id,patient\na,7\nb,8\nc,7\n")
-    with caplog.at_level(logging.WARNING):
-        load_split(tmp_path, options())
-    assert "1 patients have images on both sides" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("values", "wanted"),
-    [({"cv_folds": 3}, 4), ({"leave_out": "HE"}, 2), ({"valid_sub_category": "F"}, 1)],
-)
-def test_load_split_divides_as_the_settings_say(tmp_path, values, wanted):
-    touch(tmp_path, *(f"train/{i}.png" for i in range(12)), "valid/v.png", "valid/w.png")
-    kinds = ["F"] * 10 + ["HE"] * 2
-    rows = [f"{i},{kind}\n" for i, kind in enumerate(kinds)]
-    write_text(tmp_path / "dataset.csv", "image_id,sub_category\n" + "".join(rows) + "v,F\nw,HE\n")
-    train, valid = load_split(tmp_path, options(**values))
-    assert len(valid) == wanted and not set(ids(train)) & set(ids(valid))
-    assert ("v" in ids(valid)) == ("valid_sub_category" in values)  # a folder gives way to folds and categories
-
-
-def test_load_split_of_a_flat_folder(tmp_path):
-    touch(tmp_path, *(f"{i}/images/{i}.png" for i in range(20)))
-    train, valid = load_split(tmp_path, options(cv_ratio=0.2))
-    assert len(valid) == 4 and len(train) == 16
-    assert valid == split_records(find_records(tmp_path), 0.2, Dataset().cv_seed)[1]
-
-
-def test_load_split_uses_the_folders_where_there_are(tmp_path):
-    touch(tmp_path, "train/a.png", "train/b.png", "valid/c.png")
-    train, valid = load_split(tmp_path, options(cv_ratio=0.5))
-    assert (ids(train), ids(valid)) == (["a", "b"], ["c"])
-
-
-def test_load_split_prefers_the_list(tmp_path):
-    touch(tmp_path, "train/a.png", "train/b.png", "valid/c.png")
-    listed = write_text(tmp_path / "ids.txt", "b\n")
-    train, valid = load_split(tmp_path, options(valid_ids=listed))
-    assert (ids(train), ids(valid)) == (["a"], ["b"])
-
-
-def test_load_split_reads_the_table_of_the_data_folder(tmp_path):
-    touch(tmp_path, "train/a.png", "train/b.png", "valid/c.png", "valid/d.png")
-    write_text(tmp_path / "dataset.csv", "image_id,sub_category\na,HE\nb,F\nc,HE\n")
-    train, valid = load_split(tmp_path, options(sub_category="HE"))
-    assert (ids(train), ids(valid)) == (["a"], ["c"])
-    other = write_text(tmp_path / "other.csv", "image_id,sub_category\nb,HE\nd,HE\n")
-    train, valid = load_split(tmp_path, options(sub_category="HE", csv_file=other))
-    assert (ids(train), ids(valid)) == (["b"], ["d"])
-    with pytest.raises(FileNotFoundError, match="csv_file"):
-        load_split(tmp_path, options(csv_file=tmp_path / "absent.csv"))
 
 
 # Balance
@@ -455,121 +269,14 @@ def test_weights_of_categories_come_on_top(caplog):
         balance_weights(records, 1, {"F": 0, "HE": 0})
 
 
-def test_the_table_of_an_epoch():
-    train = plain("a", "b", "c", sub_category="F") + plain("d")
-    valid = plain("v", sub_category="HE")
-    rows = [line.split() for line in format_epoch(train, valid, balance_weights(train)).splitlines()]
-    assert rows == [
-        ["training", "an", "epoch", "each", "validation"],
-        ["uncategorised", "1", "2", "2.0x", "0"],
-        ["F", "3", "2", "0.7x", "0"],
-        ["HE", "0", "0", "-", "1"],
-        ["all", "4", "4", "1.0x", "1"],
-    ]
-    assert "1.0x" in format_epoch(train, [], None).splitlines()[1]
-
-
 def test_balance_weights_even_out_every_kind():
-    records = cohort(1)
+    records = [
+        r for kind, n in (("F", 30), ("HE", 12), ("P", 3)) for r in plain(*map(str, range(n)), sub_category=kind)
+    ]
     total = defaultdict(float)
     for record, weight in zip(records, balance_weights(records), strict=True):
         total[record.sub_category] += weight
-    assert np.allclose(list(total.values()), len(records) / 3)
-
-
-# Real data
-
-
-@pytest.fixture
-def real(nuclei_data):
-    table = read_table(nuclei_data / "dataset.csv")
-    return describe_records(plain(*table), table)
-
-
-@pytest.mark.data
-@pytest.mark.parametrize("seed", range(3))
-def test_real_patients_stay_together(real, seed):
-    assert len(real) == 664
-    train, valid = split_records(real, 0.12, seed)
-    assert len(train) + len(valid) == 664
-    assert not {r.patient for r in train} & {r.patient for r in valid}
-    assert abs(len(valid) / 664 - 0.12) < 0.02
-    for kind, n in count_by(real).items():
-        found = sum(r.sub_category == kind for r in valid)
-        assert abs(found - 0.12 * n) <= 5, kind  # patients of four, 13 of them of two kinds
-
-
-@pytest.mark.data
-def test_the_list_of_validation_images_parts_no_patient(real, nuclei_data):
-    train, valid = split_by_ids(real, nuclei_data / "valid_ids.txt")
-    assert len(valid) == 80
-    assert not {r.patient for r in train} & {r.patient for r in valid}
-    assert set(count_by(valid)) == set(count_by(real))
-    assert max(Counter(r.patient for r in real).values()) == 4
-
-
-def multiply(records: list[Record], seed: int = 0) -> list[Record]:
-    """The records with pieces of each, copies of some, pieces of copies, and mixtures of two."""
-    rng = np.random.default_rng(seed)
-    pieces = [derive_record(f"{r.id}_{x}_0", Path("x"), [r]) for r in records for x in (0, 200)]
-    copies = [
-        derive_record(f"{records[i].id}_copy1", Path("x"), [records[i]]) for i in rng.permutation(len(records))[:60]
-    ]
-    cut_copies = [derive_record(f"{r.id}_0_0", Path("x"), [r]) for r in copies]
-    chosen = [pieces[i] for i in rng.permutation(len(pieces))[:30]]
-    mixtures = [
-        derive_record(f"{a.id}+{b.id}", Path("x"), [a, b]) for a, b in zip(chosen[::2], chosen[1::2], strict=True)
-    ]
-    return [*records, *pieces, *copies, *cut_copies, *mixtures]
-
-
-def specimens(records: list[Record], table: dict[str, dict[str, str]]) -> set[str]:
-    """The patients of the table that an image shows, by the name of the image alone."""
-    parts = [part.split("_")[0] for record in records for part in record.id.split("+")]
-    return {table[part]["patient"] for part in parts}
-
-
-SPLITS = [
-    *({"cv_ratio": 0.1, "cv_seed": seed} for seed in range(3)),
-    *({"cv_folds": 5, "cv_fold": fold} for fold in range(1, 6)),
-    *({"leave_out": kind} for kind in ("HE", "PurpleTissue", "Fluorescence")),
-    {"valid_ids": "valid_ids.txt"},
-]
-
-
-@pytest.mark.data
-@pytest.mark.parametrize("how", SPLITS, ids=str)
-def test_no_split_leaks_on_real_data(real, nuclei_data, how):
-    if "valid_ids" in how:
-        how = {"valid_ids": nuclei_data / how["valid_ids"]}
-    table = read_table(nuclei_data / "dataset.csv")
-    records = multiply(real)
-    train, valid = divide_records(records, options(**how))
-    assert min(len(train), len(valid)) > 50
-    assert not specimens(train, table) & specimens(valid, table)
-    if "leave_out" in how:
-        assert how["leave_out"] not in count_by(train) and set(count_by(valid)) == {how["leave_out"]}
-    else:
-        assert set(count_by(valid)) >= {"Fluorescence", "FluorescenceField", "PurpleTissue"}
-
-
-@pytest.mark.data
-def test_without_its_origin_a_piece_would_leak(real, nuclei_data):
-    """The test above can fail: pieces that are not booked are strangers to their images."""
-    table = read_table(nuclei_data / "dataset.csv")
-    strangers = [Record(record.id, record.image, sub_category=record.sub_category) for record in multiply(real)]
-    train, valid = divide_records(strangers, options(cv_ratio=0.1))
-    assert specimens(train, table) & specimens(valid, table)
-
-
-def test_adding_copies_moves_no_original():
-    for seed in range(5):
-        records = cohort(seed)
-        copies = [derive_record(f"{r.id}_copy1", Path("x"), [r]) for r in records if r.sub_category == "HE"]
-        before = {r.id for r in split_records(records, 0.2, seed)[1]}
-        after = {r.id for r in split_records([*records, *copies], 0.2, seed)[1]}
-        assert {name for name in after if not name.endswith("_copy1")} == before
-        assert any(name.endswith("_copy1") for name in after)
+    assert np.allclose(list(total.values()), 15)
 
 
 def test_a_row_with_too_many_cells_is_named(tmp_path):
@@ -598,3 +305,18 @@ def test_a_new_table_has_all_columns(tmp_path):
     assert rows["a"]["note"] == "" and rows["b"]["note"] == "n"
     write_table(tmp_path / "t.csv", {})
     assert read_table(tmp_path / "t.csv") == {}
+
+
+def test_one_way_to_the_table(tmp_path):
+    data, images = tmp_path / "data", tmp_path / "far" / "images"
+    assert table_path(data, options()) == data / "dataset.csv"
+    assert table_path(data, options(), images) == tmp_path / "far" / "dataset.csv"
+    touch(data, "dataset.csv")
+    assert table_path(data, options(), images) == data / "dataset.csv"
+    touch(tmp_path / "far", "dataset.csv")
+    assert table_path(data, options(), images) == tmp_path / "far" / "dataset.csv"
+    assert table_path(data, options()) == data / "dataset.csv"
+    named = write_text(tmp_path / "mine.csv", "image_id\n")
+    assert table_path(data, options(csv_file=named), images) == named
+    with pytest.raises(FileNotFoundError, match="csv_file = absent.csv"):
+        table_path(data, options(csv_file="absent.csv"))

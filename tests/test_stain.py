@@ -92,12 +92,13 @@ def test_what_is_normal_already_hardly_changes(name):
 
 
 def test_macenko_finds_the_stains_of_a_slide():
-    from stain import _DENSITY, _find_stains
+    from light import density
+    from stain import _find_stains
 
     true = np.array(SLIDES[0])
     true /= np.linalg.norm(true, axis=1, keepdims=True)
     _, image = stained(true)
-    found = _find_stains(_DENSITY[image].reshape(-1, 3))
+    found = _find_stains(density(image).reshape(-1, 3))
     assert found is not None and ((found * true).sum(axis=1) > 0.99).all()
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import stitch
+from config import Dataset, Policy
+from division import load_split
 from image import read_image, read_labels
 from labels import split_fragments
 from record import Record, describe_records, find_records, read_table
 from stitching import MARK, make_stitch, pick_worst, plan_stitches
 from synthetic import write_dataset
 
-POLICY = ((), (0.1, 99.9))
+POLICY = Policy()
 
 
 @pytest.fixture
@@ -124,6 +127,38 @@ def test_validation_images_are_no_material(folder):
     (folder / "ids.txt").write_text("\n".join(listed))
     assert run(folder, "--set", f"dataset.valid_ids={folder / 'ids.txt'}") == 0
     assert not {name for r in records(folder, "train_stitch") for name in r.origins} & set(listed)
+
+
+def test_what_training_would_validate_on_is_no_material(folder, capsys):
+    options = ["--set", "dataset.cv_ratio=0.4", "--set", "dataset.cv_group=image"]
+    _, valid = load_split(folder, Dataset(cv_ratio=0.4, cv_group="image"))
+    assert valid and run(folder, *options) == 0
+    assert f"{len(valid)} images that validate" in capsys.readouterr().out
+    assert not {name for r in records(folder, "train_stitch") for name in r.origins} & {r.id for r in valid}
+
+
+def test_kin_of_the_validation_folder_is_no_material(folder):
+    first, second = [record for record in records(folder) if record.patient == "p-tissue"]
+    (folder / "valid").mkdir()
+    first.image.parent.parent.rename(folder / "valid" / first.id)
+    assert run(folder) == 0
+    assert not {name for r in records(folder, "train_stitch") for name in r.origins} & {first.id, second.id}
+
+
+def test_a_folder_that_validates_gives_no_material(folder, capsys):
+    (folder / "train").rename(folder / "valid")
+    assert stitch.main([str(folder / "valid"), "--data", str(folder)]) == 2
+    assert "all 10 images validate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_what_is_no_material_is_named(folder, dry_run, capsys):
+    first, second, *_ = records(folder)
+    first.image.unlink()
+    shutil.rmtree(second.image.parent.parent / "masks")
+    assert run(folder, "--set", "dataset.cv_ratio=0", *dry_run) == 3
+    error = capsys.readouterr().err
+    assert f"refused: {first.image.parent}" in error and f"refused: {second.image}: has no masks" in error
 
 
 def write_scores(path: Path, scores: dict[str, object]) -> Path:
