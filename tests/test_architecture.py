@@ -16,9 +16,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "tile", "annotation", "synthetic", "footprint", "helper", "view",
         "outline", "likeness", "download",
     ),
-    ("dataset", "link", "piece", "plot", "score", "stitching", "collect", "audit", "survey"),
-    ("model", "tuning"),
+    ("dataset", "link", "piece", "plot", "score", "stitching", "collect", "audit", "survey", "mosaic"),
+    ("model", "tuning", "slide"),
     ("predict", "trainer", "report"),
+    ("stream",),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),
 )  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -33,6 +34,8 @@ WITHOUT_TORCH = (
     "metric",
     "postprocess",
     "tile",
+    "mosaic",
+    "slide",
     "annotation",
     "outline",
     "likeness",
