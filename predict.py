@@ -185,11 +185,19 @@ class Segmenter:
         shape, side = image.shape[:2], self.config.valid.tile
         if not side or shape[0] * shape[1] <= N_LOOKS * side**2:
             return self.fit(typical_diameter(self.first_look(image)))
-        samples = busiest(lambda window: image[window.slices], shape, side, N_LOOKS)
-        return self.fit(typical_diameter(pile([self.first_look(sample) for sample in samples])))
+        return self.fit(typical_diameter(self.look_around(lambda window: image[window.slices], shape)))
+
+    def look_around(self, read: Read, shape: tuple[int, int]) -> NDArray[np.int32]:
+        """The instances of samples of a large image, as one label map: where it differs most from place to place."""
+        valid = self.config.valid
+        side = valid.tile or TILE
+        samples = busiest(read, shape, max(side - 2 * valid.border, side // 2), N_LOOKS)
+        return pile([self.first_look(sample) for sample in samples])
 
     def first_look(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an (H, W, 3) uint8 image as it is, from one view of it."""
+        if isinstance(self.networks[0], MaskRCNN):
+            return self.predict(image)[0]
         look = self.config.valid.model_copy(update={"test_time_augment": ()})
         return self.separate(self.merge(self._see(image, 1.0, look)))
 
