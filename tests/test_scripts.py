@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -29,7 +30,7 @@ from config import load_config
 from helper import load_checkpoint
 from predict import load_segmenter
 from record import find_records, load_split
-from synthetic import write_dataset
+from synthetic import draw_sample, write_dataset
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -225,6 +226,31 @@ def test_train_skips_bad_images_when_told_to(data, tmp_path, capsys):
     assert train.main([*command, "--set", "dataset.on_bad=skip"]) == 3
     captured = capsys.readouterr()
     assert "5 training images" in captured.out and "skipped: " in captured.err
+
+
+def test_valid_streams_a_slide(trained, tmp_path, capsys):
+    image = np.tile(draw_sample(0, (64, 64))[0], (3, 4, 1))
+    tifffile.imwrite(tmp_path / "big.tif", image, tile=(64, 64), photometric="rgb")
+    options = [
+        "--set",
+        "valid.slide_size=0.001",
+        "--set",
+        "valid.slide_block=128",
+        "--input",
+        str(tmp_path / "big.tif"),
+    ]
+    arguments = [str(trained / "latest.pkl"), "--output", "out", *options, *SMALL]
+    assert valid.main(arguments) == 0
+    said = capsys.readouterr().out
+    labels = tifffile.imread("out/big_labels.tif")
+    assert labels.shape == (192, 256) and f"{labels.max()} nuclei in 192 x 256 pixels, 4 blocks" in said
+    assert len(json.loads(Path("out/big_nuclei.geojson").read_text())["features"]) == labels.max()
+    assert valid.main([*arguments, "--csv"]) == 2
+    assert "--csv is for images held in memory" in capsys.readouterr().err
+    (tmp_path / "stack.zarr").mkdir()
+    (tmp_path / "stack.zarr" / "zarr.json").write_text("{}")
+    assert valid.main([*arguments, "--input", str(tmp_path / "stack.zarr")]) == 3
+    assert "refused: " in capsys.readouterr().err
 
 
 def test_valid_refuses_in_one_line(data, trained, tmp_path, capsys):
