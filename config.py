@@ -211,11 +211,23 @@ class Valid(Section):
     pred_orig_size: bool = True
     padding: Literal["reflect", "replicate", "black", "white"] = "reflect"
     border: int = Field(32, ge=0)
+    tile: int = Field(1024, ge=0)
+    tile_overlap: int = Field(0, ge=0)
+    slide_size: float = Field(64.0, gt=0)
+    slide_block: int = Field(2048, ge=64)
+    slide_halo: int = Field(128, ge=1)
+    slide_labels: Literal["tif", "zarr"] = "tif"
     view_color_equalize: bool = False
     print_table: bool = False
     test_time_augment: Views = ("flips",)
     ensemble: Literal["avg", "vote"] = "avg"
     ensemble_weights: MemberWeights = ()
+
+    @model_validator(mode="after")
+    def _room_in_a_tile(self) -> Valid:
+        if self.tile and self.tile <= 2 * self.tile_overlap:
+            raise ValueError(f"tile {self.tile} is not above twice tile_overlap {self.tile_overlap}")
+        return self
 
     @property
     def figure_position(self) -> tuple[int, int] | None:

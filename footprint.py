@@ -133,6 +133,42 @@ def measure(
     )
 
 
+@torch.enable_grad()
+def measure_reach(network: nn.Module, share: float, size: int = 512) -> int:
+    """How far around a pixel a network looks.
+
+    The gradient of its outputs in the middle of a noisy image, by how far away it is: what a network could see is far
+    more than what counts.
+
+    Parameters
+    ----------
+    network : module
+        In evaluation mode; (B, 3, H, W) float images in [0, 1] to a dict of maps.
+    share : float
+        Of the gradient that is to lie within.
+    size : int
+        Side of the image (px); half of it is the most that can come out.
+
+    Returns
+    -------
+    int
+        Half the side (px) of the square, of all heads the largest; 1 for a network that looks at nothing else.
+    """
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, size, size, generator=generator).to(device).requires_grad_()
+    middle = slice(size // 2 - 8, size // 2 + 8, 5)  # several pixels: where they lie on the network's grid matters
+    far = ((torch.arange(size, device=device) - size // 2).abs() - 8).clamp(min=0)
+    distance = torch.maximum(far[:, None], far).flatten()
+    reach = 1
+    for maps in network(image).values():
+        (gradient,) = torch.autograd.grad(maps[..., middle, middle].sum(), image, retain_graph=True)
+        weight = gradient.abs().sum((0, 1)).flatten()
+        within = torch.zeros(size, device=device).index_add(0, distance, weight).cumsum(0)
+        reach = max(reach, int((within < share * within[-1]).sum()))
+    return reach
+
+
 def format_table(rows: Mapping[str, Footprint]) -> str:
     """A Markdown table, one network a line, the numbers flush right; MB are 10^6 bytes.
 

@@ -89,7 +89,8 @@ def read_image(
         array = array[..., None]
     if alpha:
         array = array[..., :-1]
-    image = _to_uint8(_pick_channels(array, channels, path), percentiles, stretch, path)
+    array = pick_channels(array, channels, path)
+    image = to_uint8(array, find_range([array], percentiles, stretch, path), path)
     return see(image, color_space, stain_normalize)
 
 
@@ -305,13 +306,13 @@ def _decode_tiff(path: Path, data: bytes, colors: bool) -> Pixels:
         return Pixels(array, False)
     if sorted(kept) in (["S", "X", "Y"], ["C", "X", "Y"]):
         channel = next(i for i, axis in enumerate(kept) if axis in "SC")
-        return Pixels(np.moveaxis(array, channel, -1), "S" in kept and _has_alpha(page))
+        return Pixels(np.moveaxis(array, channel, -1), "S" in kept and has_alpha(page))
     named = {"Z": "a z stack", "T": "a time series"}
     what = next((named[axis] for axis in kept if axis in named), "a stack of pages")
     raise ImageError(f"{path}: {what} (axes {''.join(kept)}, shape {array.shape}); save one plane of it")
 
 
-def _has_alpha(page: tifffile.TiffPage) -> bool:
+def has_alpha(page: tifffile.TiffPage) -> bool:
     # A sample of unspecified meaning is opacity behind three colours, but a channel among others.
     named = page.extrasamples[-1:] not in ((), (tifffile.EXTRASAMPLE.UNSPECIFIED,))
     return named or bool(page.extrasamples) and page.photometric == tifffile.PHOTOMETRIC.RGB
@@ -323,8 +324,14 @@ def _decode_other(data: bytes, colors: bool) -> Pixels:
         return Pixels(np.asarray(file if plain else file.convert("RGB")), False)
 
 
-def _pick_channels(array: NDArray, channels: Sequence[int], path: str | Path) -> NDArray:
-    """(H, W, C) -> (H, W, 1) or (H, W, 3)"""
+def pick_channels(array: NDArray, channels: Sequence[int], path: str | Path) -> NDArray:
+    """(H, W, C) -> (H, W, 1) or (H, W, 3), as `read_image` says.
+
+    Raises
+    ------
+    ImageError
+        It has not those channels, or it cannot be guessed which are meant.
+    """
     n = array.shape[-1]
     if channels:
         if not all(0 <= c < n for c in channels):
@@ -337,19 +344,47 @@ def _pick_channels(array: NDArray, channels: Sequence[int], path: str | Path) ->
     return array
 
 
-def _to_uint8(array: NDArray, percentiles: tuple[float, float], stretch: bool, path: str | Path) -> NDArray[np.uint8]:
+def find_range(
+    arrays: Sequence[NDArray], percentiles: tuple[float, float], stretch: bool, path: str | Path
+) -> tuple[float, float] | None:
+    """The intensities that become black and white, None where 8-bit pixels stay as they are.
+
+    Parameters
+    ----------
+    arrays : sequence of (h, w, C)
+        All of an image, or samples of a large one.
+    percentiles, stretch, path
+        As in `read_image`.
+
+    Raises
+    ------
+    ImageError
+        There are pixels that are not finite.
+    """
+    narrow = arrays[0].dtype in (bool, np.uint8)
+    if narrow and not stretch or arrays[0].dtype == bool:
+        return None
+    values = arrays[0] if len(arrays) == 1 else np.concatenate([array.ravel() for array in arrays])
+    low, high = np.percentile(_finite(values, path), percentiles)
+    # An 8-bit image that is all but flat shows noise, not nuclei: its range is not blown up beyond reason.
+    return low, low + max(high - low, STRETCH_FLOOR if narrow else 1e-12)
+
+
+def to_uint8(array: NDArray, limits: tuple[float, float] | None, path: str | Path) -> NDArray[np.uint8]:
+    """(H, W, 1) or (H, W, 3) of any type -> (H, W, 3) uint8, with the limits that `find_range` gave."""
     if array.dtype == bool:
         array = array.astype(np.uint8) * np.uint8(255)
-    narrow = array.dtype == np.uint8
-    if stretch or not narrow:
-        array = array.astype(np.float32)
-        if not np.isfinite(array).all():
-            raise ImageError(f"{path}: has pixels that are not finite")
-        low, high = np.percentile(array, percentiles)
-        # An 8-bit image that is all but flat shows noise, not nuclei: its range is not blown up beyond reason.
-        reach = max(high - low, STRETCH_FLOOR if narrow else 1e-12)
-        array = np.rint(np.clip((array - low) * (255.0 / reach), 0, 255)).astype(np.uint8)
+    if limits is not None:
+        low, high = limits
+        array = np.rint(np.clip((_finite(array, path) - low) * (255.0 / (high - low)), 0, 255)).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
+
+
+def _finite(array: NDArray, path: str | Path) -> NDArray[np.float32]:
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ImageError(f"{path}: has pixels that are not finite")
+    return array
 
 
 def _read_label_map(path: Path, shape: tuple[int, int] | None) -> NDArray[np.int32]:

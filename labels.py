@@ -103,6 +103,29 @@ def typical_diameter(labels: Labels) -> float:
     return float(np.sqrt(4 * typical_area(labels) / np.pi))
 
 
+def pile(maps: Sequence[Labels]) -> NDArray[np.int32]:
+    """Lay the label maps of several images one upon the other, so that they count as one.
+
+    Parameters
+    ----------
+    maps
+        (h, w) integers >= 0 each, of any shapes.
+
+    Returns
+    -------
+    (sum of h, greatest w) int32: the nuclei of all, numbered on; (0, 0) without maps.
+    """
+    piled = np.zeros(
+        (sum(len(labels) for labels in maps), max((labels.shape[1] for labels in maps), default=0)), np.int32
+    )
+    top = n = 0
+    for labels in maps:
+        labels = relabel(labels)
+        piled[top : top + len(labels), : labels.shape[1]] = np.where(labels > 0, labels + n, 0)
+        top, n = top + len(labels), n + int(labels.max(initial=0))
+    return piled
+
+
 def split_fragments(labels: Labels, connectivity: int = 1) -> NDArray[np.int32]:
     """Give every connected piece of every nucleus an id of its own.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,26 @@ from torch import Tensor
 from confidence import Opinion
 from config import CHECKPOINT_KEYS, Config, Valid
 from detector import MaskRCNN
+from footprint import measure_reach
 from helper import autocast, fingerprint, load_checkpoint, pick_device, pick_precision
-from labels import typical_diameter
+from labels import pile, typical_diameter
 from model import load_model, memory_format, place
+from mosaic import PADDING, Mosaic, Read, busiest, needs_tiles
 from network import HEAD_CHANNELS, Network
 from postprocess import clean, instances, merge, merged_thresholds
+from tile import cut_blocks, join, round_zoom
 from view import View, combine, show, undo, unzoom_maps, zoom_image
-
-_PADDING = {
-    "reflect": (cv2.BORDER_REFLECT_101, 0),
-    "replicate": (cv2.BORDER_REPLICATE, 0),
-    "black": (cv2.BORDER_CONSTANT, 0),
-    "white": (cv2.BORDER_CONSTANT, 255),
-}
 
 #: Most pixels of a batch of views: what is gained by a batch is lost in memory beyond it.
 BATCH_PIXELS = 2**20
 #: Most that an image is reduced and enlarged to bring its nuclei to one size.
 ZOOM_RANGE = (0.6, 2.0)
+#: An image of more tiles than that is not looked at as a whole to find its zoom, but in as many samples.
+N_LOOKS = 9
+#: Side of a tile (px) where the settings never want one, and there must be one; overlap of the tiles of a detector.
+TILE, DETECTOR_OVERLAP = 1024, 128
+#: Share of what an output depends on that two tiles have in common.
+REACH_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -73,29 +77,95 @@ class Segmenter:
     def _detect(
         self, image: NDArray[np.uint8], network: MaskRCNN
     ) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
-        """As `predict`; a detector sees the image once, without border or other views."""
+        """As `predict`; a detector sees the image once, or its tiles, without border or other views."""
         config, size = self.config, image.shape[1::-1]
         if not config.valid.pred_orig_size:
             image = cv2.resize(image, (config.width, config.width), interpolation=cv2.INTER_AREA)
-        x = _to_tensor(image, self.device)
-        with torch.inference_mode(), autocast(self.device, self.precision):
-            found = network.instances(x, config.post.min_score, config.thresholds["semantic"])
-        labels, semantic = (value.cpu().numpy() for value in found)
-        if not config.valid.pred_orig_size:
+            labels, semantic = self._detect_once(image, network)
             labels = cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
             semantic = cv2.resize(semantic, size, interpolation=cv2.INTER_LINEAR)
+        elif needs_tiles(image.shape[:2], 1, 0, config.valid.tile):
+            labels, semantic = self._detect_tiles(image, network)
+        else:
+            labels, semantic = self._detect_once(image, network)
         return clean(labels, config.post), {"semantic": semantic}
+
+    def _detect_once(
+        self, image: NDArray[np.uint8], network: MaskRCNN
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Nuclei and foreground of an image as it is."""
+        x = _to_tensor(image, self.device)
+        with torch.inference_mode(), autocast(self.device, self.precision):
+            found = network.instances(x, self.config.post.min_score, self.config.thresholds["semantic"])
+        labels, semantic = (value.cpu().numpy() for value in found)
+        return labels, semantic
+
+    def _detect_tiles(
+        self, image: NDArray[np.uint8], network: MaskRCNN
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """As `_detect_once`, tile by tile; what two tiles see of a nucleus is joined."""
+        shape, valid = image.shape[:2], self.config.valid
+        margin = (valid.tile_overlap or DETECTOR_OVERLAP) // 2
+        labels, semantic = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        n_known = 0
+        for core in cut_blocks(shape, max(valid.tile - 2 * margin, 1)):
+            window = core.widen(margin, shape)
+            seen, foreground = self._detect_once(image[window.slices], network)
+            n_known = join(labels, seen, window, core, n_known)
+            np.maximum(semantic[window.slices], foreground, out=semantic[window.slices])
+        return labels, semantic
 
     def probs(self, image: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Probability maps in [0, 1] of an (H, W, 3) uint8 image, head -> (H, W) or (C, H, W), of all networks
         together."""
-        return self._merge(self.members(image))
+        return self.merge(self.members(image))
 
     def members(self, image: NDArray[np.uint8]) -> list[dict[str, NDArray[np.float32]]]:
         """As `probs`, of each network."""
-        zoomed = zoom_image(image, self.zoom(image))
-        members = self._predict(zoomed, self.config.valid)
-        return [{head: unzoom_maps(maps, image.shape[:2]) for head, maps in each.items()} for each in members]
+        return self._see(image, self.zoom(image), self.config.valid)
+
+    def _see(self, image: NDArray[np.uint8], zoom: float, valid: Valid) -> list[dict[str, NDArray[np.float32]]]:
+        """As `members`, at a zoom; in tiles where the enlarged image with its border is larger than one."""
+        shape = image.shape[:2]
+        most = max(view.zoom for view in combine(valid.test_time_augment))
+        if valid.pred_orig_size and needs_tiles(shape, zoom * most, valid.border, valid.tile):
+            return self.mosaic(lambda window: image[window.slices], shape, zoom, valid).all()
+        members = self._predict(zoom_image(image, zoom), valid)
+        return [{head: unzoom_maps(maps, shape) for head, maps in each.items()} for each in members]
+
+    def mosaic(self, read: Read, shape: tuple[int, int], zoom: float, valid: Valid | None = None) -> Mosaic:
+        """The tiles of an image that is read piece by piece.
+
+        Parameters
+        ----------
+        read : callable
+            Window -> (h, w, 3) uint8.
+        shape : (int, int)
+            Of the image.
+        zoom : float
+            As `zoom` gives it; rounded to one that tiles can have.
+        """
+        valid = valid or self.config.valid
+        stride = lcm(*(network.stride for network in self.networks))
+        # Larger views of a tile are as large as a tile may be.
+        side = (valid.tile or TILE) / max(view.zoom for view in combine(valid.test_time_augment))
+        whole_tile = valid.model_copy(update={"border": 0})
+        return Mosaic(
+            read,
+            shape,
+            lambda image: self._predict(image, whole_tile),
+            max(int(side) // stride, 1) * stride,
+            valid.tile_overlap or self.overlap,
+            valid.border,
+            stride,
+            round_zoom(zoom),
+            valid.padding,
+        )
+
+    @cached_property
+    def overlap(self) -> int:
+        """What two tiles have in common, in pixels that networks see, where ``[valid] tile_overlap`` does not say."""
+        return max(measure_reach(network, REACH_SHARE) for network in self.networks)
 
     def _predict(self, image: NDArray[np.uint8], valid: Valid) -> list[dict[str, NDArray[np.float32]]]:
         members = predict_each(image, self.networks, valid, self.config.width, self.device, self.precision)
@@ -103,7 +173,8 @@ class Segmenter:
             members[0].pop("contour", None)
         return members
 
-    def _merge(self, members: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
+    def merge(self, members: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
+        """What the networks say together."""
         valid = self.config.valid
         weights = valid.ensemble_weights if len(members) > 1 else ()  # a network in training is alone, whatever is set
         return merge(members, self.config.thresholds, valid.ensemble, weights)
@@ -113,13 +184,35 @@ class Segmenter:
 
         A first look, one view of the image as it is, tells the typical diameter; 1 where it finds no nucleus.
         """
-        valid, wanted = self.config.valid, self.config.pre.nucleus_diameter
-        if not wanted or not valid.pred_orig_size:
+        if not self.config.pre.nucleus_diameter or not self.config.valid.pred_orig_size:
             return 1.0
-        look = valid.model_copy(update={"test_time_augment": ()})
-        diameter = typical_diameter(self.separate(self._merge(self._predict(image, look))))
-        zoom = float(np.clip(wanted / diameter, *ZOOM_RANGE)) if diameter else 1.0
-        return 1.0 if 0.9 < zoom < 1.1 else zoom  # so little is not worth the resampling
+        shape, side = image.shape[:2], self.config.valid.tile
+        if not side or shape[0] * shape[1] <= N_LOOKS * side**2:
+            return self.fit(typical_diameter(self.first_look(image)))
+        return self.fit(typical_diameter(self.look_around(lambda window: image[window.slices], shape)))
+
+    def look_around(self, read: Read, shape: tuple[int, int]) -> NDArray[np.int32]:
+        """The instances of samples of a large image, as one label map: where it differs most from place to place."""
+        valid = self.config.valid
+        side = valid.tile or TILE
+        samples = busiest(read, shape, max(side - 2 * valid.border, side // 2), N_LOOKS)
+        return pile([self.first_look(sample) for sample in samples])
+
+    def first_look(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
+        """The instances of an (H, W, 3) uint8 image as it is, from one view of it."""
+        if isinstance(self.networks[0], MaskRCNN):
+            return self.predict(image)[0]
+        look = self.config.valid.model_copy(update={"test_time_augment": ()})
+        return self.separate(self.merge(self._see(image, 1.0, look)))
+
+    def fit(self, diameter: float) -> float:
+        """How many times to enlarge an image whose typical nucleus is of that diameter (px); 1 without nuclei.
+
+        In the steps that tiles can have: whole or in tiles, an image is seen alike.
+        """
+        wanted = self.config.pre.nucleus_diameter
+        zoom = float(np.clip(wanted / diameter, *ZOOM_RANGE)) if diameter and wanted else 1.0
+        return 1.0 if 0.9 < zoom < 1.1 else float(round_zoom(zoom))  # so little is not worth the resampling
 
     def separate(self, probs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int32]:
         """The instances of probability maps by the rules of the settings, (H, W) int32."""
@@ -258,7 +351,7 @@ def _pad(image: NDArray[np.uint8], valid: Valid, stride: int) -> tuple[NDArray[n
     height, width = image.shape[:2]
     border = -(-valid.border // stride) * stride
     bottom, right = border + -height % stride, border + -width % stride
-    mode, value = _PADDING[valid.padding]
+    mode, value = PADDING[valid.padding]
     padded = cv2.copyMakeBorder(np.ascontiguousarray(image), border, bottom, border, right, mode, value=(value,) * 3)
     return padded, (border, border)
 

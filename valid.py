@@ -5,6 +5,7 @@
     python valid.py --dataset valid --iou            score the validation images
     python valid.py checkpoint/100.pkl checkpoint/best.pkl --csv        an ensemble
     python valid.py --input photos/ --save --label   figures and label maps of your own images
+    python valid.py --input slide.tif                a slide of any size: label map and outlines, block by block
 
 Without a checkpoint named, best.pkl of the checkpoint folder is used, else its newest, else the weights that ship.
 """
@@ -35,6 +36,8 @@ from image import ImageError, read_image, read_labels
 from predict import Segmenter, load_segmenter
 from record import Record, filter_records, find_records, load_records
 from score import Score, format_errors, format_summary, score_image, summarize, write_scores
+from slide import is_slide, is_zarr, open_slide
+from stream import segment_slide
 
 
 @dataclass
@@ -69,10 +72,14 @@ def run(config: Config, args: argparse.Namespace) -> int:
     segmenter = load_segmenter(paths, config)
     print(f"Using {', '.join(str(path) for path in paths)} on {segmenter.device}")
     records = choose_records(args, config, segmenter.saved)
+    records, slides = part_slides(records, args, config.valid.slide_size)
+    tally, folder, began = Tally(), args.output or Path("."), time.monotonic()
+    stream_slides(slides, segmenter, args, tally)
+    if slides and not records:
+        return 3 if tally.refused else 0
     if args.iou and all(record.masks is None for record in records):
         raise ValueError("--iou: none of the images has masks to be scored against")
 
-    tally, folder, began = Tally(), args.output or Path("."), time.monotonic()
     delivered = deliver(predict_all(records, segmenter, tally), segmenter.config, args, tally)
     if args.csv:
         write_csv(folder / "result.csv", delivered)
@@ -93,6 +100,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
 def choose_records(args: argparse.Namespace, config: Config, saved: Mapping[str, Any]) -> list[Record]:
     """The images the command line asks for; those of the split that a checkpoint with the settings `saved` was
     trained on."""
+    if args.input is not None and is_zarr(args.input):
+        return [Record(args.input.stem, args.input)]
     if args.input is not None:
         return find_records(args.input)
     folder = args.data / args.dataset
@@ -109,6 +118,39 @@ def choose_records(args: argparse.Namespace, config: Config, saved: Mapping[str,
     if not records:
         raise ValueError(f"the split holds no image for --dataset {args.dataset}; see [dataset] cv_ratio and valid_ids")
     return records
+
+
+def part_slides(
+    records: Sequence[Record], args: argparse.Namespace, megapixels: float
+) -> tuple[list[Record], list[Record]]:
+    """Images to be held in memory, and those that are too large for it."""
+    slides = [record for record in records if not record.problem and is_slide(record.image, megapixels)]
+    asked = [name for name in ("csv", "iou", "save", *WRITERS) if name != "label" and getattr(args, name)]
+    if slides and asked:
+        raise ValueError(
+            f"{slides[0].image}: a Zarr, or above [valid] slide_size = {megapixels:g} megapixels: it becomes a label "
+            f"map and outlines; --{asked[0]} is for images held in memory"
+        )
+    large = {record.id for record in slides}
+    return [record for record in records if record.id not in large], slides
+
+
+def stream_slides(slides: Sequence[Record], segmenter: Segmenter, args: argparse.Namespace, tally: Tally) -> None:
+    """Predict slides block by block; one that cannot be used is named and passed over."""
+    for record in slides:
+        began = time.monotonic()
+        try:
+            slide = open_slide(record.image, segmenter.config.pre.policy)
+            found = segment_slide(slide, segmenter, args.output or args.data / "predict", record.id)
+        except ImageError as error:
+            tally.refused.append(record.id)
+            print(f"refused: {error}", file=sys.stderr)
+            continue
+        earlier = f", {found.done} of them done before" if found.done else ""
+        print(
+            f"{' and '.join(map(str, found.files))}: {found.nuclei} nuclei in {slide.shape[0]} x {slide.shape[1]} "
+            f"pixels, {found.blocks} blocks{earlier}, {time.monotonic() - began:.1f} s"
+        )
 
 
 def predict_all(records: Sequence[Record], segmenter: Segmenter, tally: Tally) -> Iterator[Result]:

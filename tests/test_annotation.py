@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -308,3 +309,30 @@ def test_every_reader_names_what_is_missing_or_of_another_shape(tmp_path: Path, 
     annotation.WRITERS[name](tmp_path, "one", ONE_PIXEL)
     with pytest.raises(ValueError, match=r"one.*\(5, 7\).*\(9, 9\)"):
         annotation.READERS[name](tmp_path, "one", (9, 9))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_outlines_filled_are_the_nuclei_again(seed):
+    """By an independent reader; the rectangles cover each other, so there are holes, corners and pieces."""
+    labels = scattered(40, (60, 70), seed)
+    for number, feature in enumerate(map(json.loads, annotation.geojson_features(labels, (100, 200), 7)), start=1):
+        geometry = feature["geometry"]
+        parts = [geometry["coordinates"]] if geometry["type"] == "Polygon" else geometry["coordinates"]
+        filled = np.zeros(labels.shape, int)
+        for part in parts:
+            for ring in part:
+                assert ring[0] == ring[-1] and len(ring) > 4
+                crossed = np.zeros(labels.shape, int)  # by parity: upright sides to the left of a pixel
+                for (x, y), (_, below) in zip(ring, ring[1:], strict=False):
+                    crossed[min(y, below) - 100 : max(y, below) - 100, x - 200 :] += 1
+                filled += crossed
+        assert np.array_equal(filled % 2 == 1, labels == number)
+        assert feature["properties"]["name"] == str(number + 6)
+
+
+def test_an_outline_has_corners_alone():
+    ring_with_hole = np.ones((5, 6), bool)
+    ring_with_hole[2, 2:4] = False
+    ((outer, hole),) = annotation.trace(ring_with_hole)
+    assert sorted(outer.tolist()) == [[0, 0], [0, 5], [6, 0], [6, 5]]
+    assert sorted(hole.tolist()) == [[2, 2], [2, 3], [4, 2], [4, 3]]

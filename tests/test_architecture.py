@@ -19,10 +19,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "dataset", "division", "confidence", "link", "piece", "plot", "score", "stitching", "collect", "audit",
-        "survey", "synthetic",
+        "survey", "synthetic", "mosaic",
     ),
-    ("model", "tuning"),
+    ("model", "tuning", "slide"),
     ("predict", "trainer", "report"),
+    ("stream",),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),
 )  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -39,6 +40,8 @@ WITHOUT_TORCH = (
     "candidate",
     "postprocess",
     "tile",
+    "mosaic",
+    "slide",
     "annotation",
     "outline",
     "likeness",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from footprint import MANY_LAYERS, Block, Footprint, _LiveTensors, format_table, measure, trace_blocks
+from footprint import MANY_LAYERS, Block, Footprint, _LiveTensors, format_table, measure, measure_reach, trace_blocks
 from model import MODELS, build_model
 
 
@@ -286,3 +286,18 @@ def test_every_network_can_be_drawn(name):
     assert 3 < len(blocks) < 50
     assert all(source < target for source, target in edges)
     assert {target for _, target in edges} == set(range(1, len(blocks)))
+
+
+def test_reach_is_how_far_a_network_looks():
+    class Once(torch.nn.Module):
+        def __init__(self, side):
+            super().__init__()
+            self.layer = torch.nn.Conv2d(3, 1, side, padding=side // 2)
+            torch.nn.init.ones_(self.layer.weight)
+
+        def forward(self, image):
+            return {"semantic": self.layer(image)}
+
+    assert measure_reach(Once(1), 1.0, 64) == 1
+    assert 8 <= measure_reach(Once(21), 1.0, 64) <= 10
+    assert measure_reach(Once(21), 0.5, 64) < measure_reach(Once(21), 1.0, 64)

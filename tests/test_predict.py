@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import Config, Valid
-from helper import save_checkpoint
+from helper import DEFAULT_WEIGHTS, save_checkpoint
+from labels import overlap_table, split_fragments
 from model import build_model
 from postprocess import merge
 from predict import Segmenter, load_segmenter, predict_each
+from synthetic import draw_sample
 from view import VIEWS
 
 CPU = torch.device("cpu")
@@ -287,7 +289,7 @@ def test_load_segmenter_mixes_checkpoints_and_inherits_from_the_first(tmp_path):
     assert all(np.allclose(found[head], expected[head], atol=1e-6) for head in found)
 
 
-@pytest.mark.parametrize(("radius", "zoom"), [(5, 2.0), (9, 26 / 18), (12, 1.0), (13, 1.0), (30, 0.6)])
+@pytest.mark.parametrize(("radius", "zoom"), [(5, 2.0), (9, 23 / 16), (12, 1.0), (13, 1.0), (30, 0.625)])
 def test_nuclei_are_brought_to_one_size(radius, zoom):
     y, x = np.indices((100, 120))
     image = np.where(np.hypot(y - 50, x - 60) <= radius, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
@@ -376,3 +378,85 @@ def test_a_detector_goes_its_own_way_to_instances(orig_size, monkeypatch):
     assert labels.dtype == np.int32 and probs.keys() == {"semantic"}
     assert labels.max() == 1
     assert (labels == 1).sum() == pytest.approx(20 * 20 if orig_size else 30 * 25, rel=0.1)
+
+
+# Tiles
+
+
+def tiled(**valid) -> Config:
+    return Config.model_validate({"valid": {**ONCE, **valid}, "pre": AS_IT_IS})
+
+
+def partners(true: np.ndarray, found: np.ndarray) -> float:
+    """Share of the nuclei of one map that the other has, at an IoU of 0.9."""
+    shared = overlap_table(true, found)
+    union = shared.sum(1)[1:, None] + shared.sum(0)[1:] - shared[1:, 1:]
+    return float(np.mean((shared[1:, 1:] >= 0.9 * union).any(1)))
+
+
+def test_tiles_and_whole_find_the_same_nuclei():
+    image, _ = draw_sample(0, (1024, 1024), "fluorescence", 250, touching=False)
+    networks = load_segmenter([DEFAULT_WEIGHTS], Config()).networks
+    config = Config.model_validate({"valid": {"test_time_augment": (), "tile": 0}, "pre": {"nucleus_diameter": 28}})
+    whole = Segmenter(networks, config, CPU, torch.float32)
+    valid = config.valid.model_copy(update={"tile": 640, "tile_overlap": 0})
+    tiles = Segmenter(networks, config.model_copy(update={"valid": valid}), CPU, torch.float32)
+    expected, found = whole(image), tiles(image)
+    assert expected.max() > 150
+    assert partners(expected, found) >= 0.99 and partners(found, expected) >= 0.99
+
+
+@pytest.mark.parametrize("views", [(), ("dihedral",), ("scales",), ("double",)])
+def test_views_are_averaged_in_tiles_too(views):
+    image, toy = picture(150, 90), Toy(stride=4, semantic=blurred)
+    whole = Segmenter([toy], tiled(tile=0, test_time_augment=views, border=8), CPU, torch.float32).probs(image)
+    toy.seen.clear()
+    config = tiled(tile=64, tile_overlap=16, test_time_augment=views, border=8)
+    found = Segmenter([toy], config, CPU, torch.float32).probs(image)
+    assert max(max(x.shape[-2:]) for x in toy.seen) <= 64
+    inner = np.s_[8:-8, 8:-8]
+    assert np.allclose(found["semantic"][inner], whole["semantic"][inner], atol=0.02)
+
+
+def test_the_overlap_is_what_the_widest_network_looks_at():
+    def far(x):
+        return F.avg_pool2d(brightness(x), 41, stride=1, padding=20)
+
+    toys = Toy(semantic=brightness), Toy(semantic=far)
+    alone, both = (Segmenter(networks, tiled(), CPU, torch.float32).overlap for networks in (toys[:1], toys))
+    assert alone == 1 and 15 <= both <= 20
+
+
+def test_of_a_huge_image_samples_are_looked_at(monkeypatch):
+    y, x = np.indices((400, 400)) % 40
+    image = np.where(np.hypot(y - 20, x - 20) <= 9, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
+    config = Config.model_validate({"valid": {**ONCE, "tile": 64}, "pre": {"nucleus_diameter": 27}})
+    toy = Toy(semantic=brightness)
+    zoom = Segmenter([toy], config, CPU, torch.float32).zoom(image)
+    assert zoom == pytest.approx(1.5, abs=0.1)
+    assert sum(x.shape[-1] * x.shape[-2] for x in toy.seen) <= 9 * 64 * 64
+
+
+def test_a_detector_is_tiled(monkeypatch):
+    """It finds bright things; those that lie across tiles are one nucleus each."""
+    torch.manual_seed(0)
+    model = build_model("maskrcnn").eval()
+    y, x = np.indices((200, 300))
+    truth = np.zeros((200, 300), np.int32)
+    for cy, cx in [(30, 30), (64, 64), (64, 128), (128, 200), (190, 290), (100, 96)]:
+        truth[np.hypot(y - cy, x - cx) <= 8] = truth.max() + 1
+    truth[150:156, 5:250] = truth.max() + 1  # longer than a tile
+    shapes = []
+
+    def instances(image, score, threshold):
+        shapes.append(tuple(image.shape))
+        labels = torch.from_numpy(split_fragments((image[0] > 0).int().numpy()))
+        return labels, labels.clamp(max=1) * 0.9
+
+    monkeypatch.setattr(model, "instances", instances)
+    config = Config.model_validate({"valid": {"tile": 96, "tile_overlap": 32}})
+    image = np.where(truth > 0, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
+    labels, probs = Segmenter([model], config, CPU, torch.float32).predict(image)
+    assert max(max(shape[1:]) for shape in shapes) <= 96 and len(shapes) > 4
+    assert labels.max() == truth.max() and partners(truth, labels) == 1
+    assert np.array_equal(probs["semantic"] > 0, truth > 0)

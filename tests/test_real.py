@@ -150,3 +150,27 @@ def test_every_form_of_outlines_gives_the_same_nuclei(tiles, tmp_path):
     for file in tmp_path.iterdir():
         (annotation,) = read_outlines(file).values()
         assert np.array_equal(draw(annotation.outlines, (1000, 1000))[0], wanted)
+
+
+def test_tiles_find_what_the_whole_image_gives(nuclei_data, tmp_path):
+    """Images of about a megapixel; the shipped weights, at the zoom that suits the nuclei."""
+    from helper import DEFAULT_WEIGHTS
+    from image import read_image
+    from labels import overlap_table
+    from predict import load_segmenter
+
+    settings = ("valid.test_time_augment=none", "train.device=cpu")
+    whole = load_segmenter([DEFAULT_WEIGHTS], load_config(None, [*settings, "valid.tile=0"], tmp_path))
+    tiles = load_segmenter([DEFAULT_WEIGHTS], load_config(None, [*settings, "valid.tile=640"], tmp_path))
+    found = n_nuclei = 0
+    with zipfile.ZipFile(nuclei_data / "stage1_train.zip") as archive:
+        names = sorted(name for name in archive.namelist() if "/images/" in name and name.endswith(".png"))
+        large = [name for name in names if archive.getinfo(name).file_size > 400_000]
+        images = (read_image(archive.extract(name, tmp_path), *whole.config.pre.policy) for name in large)
+        chosen = [image for image, _ in zip((i for i in images if min(i.shape[:2]) >= 1000), range(3), strict=False)]
+    for image in chosen:
+        table = overlap_table(whole(image[:1024, :1024]), tiles(image[:1024, :1024]))
+        union = table.sum(1)[1:, None] + table.sum(0)[1:] - table[1:, 1:]
+        found += int((table[1:, 1:] >= 0.9 * union).any(1).sum())
+        n_nuclei += len(table) - 1
+    assert n_nuclei > 100 and found >= 0.99 * n_nuclei

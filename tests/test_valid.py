@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 import train
@@ -18,6 +21,7 @@ from config import load_config
 from image import read_image
 from record import find_records
 from scripting import ROOT, SMALL, choose
+from synthetic import draw_sample
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -132,3 +136,28 @@ def test_figures_show_the_colours_of_the_file(data, space):
     shown = np.asarray(valid.draw(result, config).axes[0].images[0].get_array())
     assert np.array_equal(shown, read_image(record.image))
     assert not np.array_equal(shown, result.image)
+
+
+def test_valid_streams_a_slide(trained, tmp_path, capsys):
+    image = np.tile(draw_sample(0, (64, 64))[0], (3, 4, 1))
+    tifffile.imwrite(tmp_path / "big.tif", image, tile=(64, 64), photometric="rgb")
+    options = [
+        "--set",
+        "valid.slide_size=0.001",
+        "--set",
+        "valid.slide_block=128",
+        "--input",
+        str(tmp_path / "big.tif"),
+    ]
+    arguments = [str(trained / "latest.pkl"), "--output", "out", *options, *SMALL]
+    assert valid.main(arguments) == 0
+    said = capsys.readouterr().out
+    labels = tifffile.imread("out/big_labels.tif")
+    assert labels.shape == (192, 256) and f"{labels.max()} nuclei in 192 x 256 pixels, 4 blocks" in said
+    assert len(json.loads(Path("out/big_nuclei.geojson").read_text())["features"]) == labels.max()
+    assert valid.main([*arguments, "--csv"]) == 2
+    assert "--csv is for images held in memory" in capsys.readouterr().err
+    (tmp_path / "stack.zarr").mkdir()
+    (tmp_path / "stack.zarr" / "zarr.json").write_text("{}")
+    assert valid.main([*arguments, "--input", str(tmp_path / "stack.zarr")]) == 3
+    assert "refused: " in capsys.readouterr().err
