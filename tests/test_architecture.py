@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("collage", "color", "config", "files", "labels", "network", "stain"),
+    ("collage", "color", "config", "files", "labels", "network", "parallel", "stain"),
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
         "tile", "annotation", "synthetic", "footprint", "helper", "view",

@@ -26,6 +26,7 @@ from trainer import (
     Meters,
     Span,
     Trainer,
+    batch_iou,
     group_parameters,
     log_graph,
     pick_rules,
@@ -222,13 +223,21 @@ def test_a_loss_that_is_not_finite_names_its_head(value):
         sum_losses({**losses, "contour/dice": torch.tensor(value)})
 
 
+def test_iou_of_a_batch():
+    truth = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 2, 2)
+    assert batch_iou(torch.tensor([3.0, -3.0, 3.0, -3.0]).view(1, 1, 2, 2), truth).item() == pytest.approx(1 / 3)
+    assert batch_iou(2 * truth - 1, truth).item() == 1
+    colors = torch.stack([truth[0, 0] - 2, truth[0, 0] - 0.5])[None]  # nothing of the first, all of the second
+    assert batch_iou(colors, 7 * truth).item() == 1
+    assert batch_iou(-1 - truth, 0 * truth).item() == 0
+
+
 def test_meters_of_a_step():
     meters = Meters({"semantic": None})
-    truth = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 2, 2)
-    meters.update(0.5, {"semantic": torch.tensor([3.0, -3.0, 3.0, -3.0]).view(1, 1, 2, 2)}, {"semantic": truth}, 1)
-    meters.update(0.2, {"semantic": 2 * truth - 1}, {"semantic": truth}, 3)
+    meters.update([0.5, 1 / 3], 1)
+    meters.update([0.2, 1.0], 3)
     meters.tick(0.25)
-    assert meters.means() == pytest.approx({"loss": 0.275, "iou/semantic": (1 / 3 + 3) / 4})
+    assert meters.over_all().means() == pytest.approx({"loss": 0.275, "iou/semantic": (1 / 3 + 3) / 4})
     line = meters.line(3, 7, 20)
     assert line.startswith("Epoch: [3][7/20]    Time: ")
     assert "(io: 0.250)" in line
