@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import logging
 import math
@@ -35,6 +36,13 @@ from model import memory_format
 from network import Network
 
 logger = logging.getLogger(__name__)
+
+#: Whether buffers are overwritten by the main process's at every step; PyTorch has renamed it.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 @dataclass(frozen=True)
@@ -479,9 +487,12 @@ def share_gradients(learner: Learner) -> nn.Module:
     if parallel.world() == 1:
         return learner
     idle = set(learner.network.heads) - set(learner.criterion.terms) - {"instance"}
-    return DistributedDataParallel(
-        learner, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=bool(idle)
-    )
+    options: dict[str, Any] = {
+        _SYNC_BUFFERS: False,
+        "gradient_as_bucket_view": True,
+        "find_unused_parameters": bool(idle),
+    }
+    return DistributedDataParallel(learner, **options)
 
 
 def norm_statistics(network: nn.Module) -> list[Tensor]:

@@ -5,6 +5,7 @@
     python valid.py --dataset valid --iou            score the validation images
     python valid.py checkpoint/100.pkl checkpoint/best.pkl --csv        an ensemble
     python valid.py --input photos/ --save --label   figures and label maps of your own images
+    torchrun --nproc-per-node 4 valid.py --csv       four processes share the images, one result.csv
 
 Without a checkpoint named, best.pkl of the checkpoint folder is used, else its newest, else the weights that ship.
 """
@@ -25,8 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+import parallel
 import plot
-from annotation import WRITERS, write_csv
+from annotation import WRITERS, encode_rle, write_runs
 from color import equalize
 from config import SPLIT_KEYS, Config
 from helper import find_checkpoint, make_parser, prepare_process, run_script
@@ -60,10 +62,15 @@ class Tally:
     nuclei: int = 0
     scores: list[Score] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    lines: list[tuple[str, str]] = field(default_factory=list)  # id and text; of many processes, printed at the end
+    runs: list[tuple[str, list[str]]] = field(default_factory=list)  # id and nuclei for the CSV, likewise
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
     prepare_process()
+    writes = [args.csv, args.iou, args.save, *(getattr(args, name) for name in WRITERS)]
+    if parallel.world() > 1 and not any(writes):
+        raise ValueError(f"{parallel.world()} processes show no figures; say --save, --csv, or what else to write")
     paths = args.checkpoint or [find_checkpoint(args.checkpoint_dir)]
     segmenter = load_segmenter(paths, config)
     print(f"Using {', '.join(str(path) for path in paths)} on {segmenter.device}")
@@ -72,12 +79,21 @@ def run(config: Config, args: argparse.Namespace) -> int:
         raise ValueError("--iou: none of the images has masks to be scored against")
 
     tally, folder, began = Tally(), args.output or Path("."), time.monotonic()
-    delivered = deliver(predict_all(records, segmenter, tally), segmenter.config, args, tally)
+    delivered = deliver(predict_all(parallel.share(records), segmenter, tally), segmenter.config, args, tally)
+    runs: Iterable[tuple[str, list[str]]]
+    runs = ((image_id, encode_rle(labels) if args.csv else []) for image_id, labels in delivered)
+    if parallel.world() > 1:
+        tally.runs.extend(runs)
+        tally = bring_together(parallel.to_main(tally), records)
+        runs = tally.runs
+        if not parallel.is_main():
+            return 0
+        print("".join(f"{line}\n" for _, line in tally.lines), end="")
     if args.csv:
-        write_csv(folder / "result.csv", delivered)
+        write_runs(folder / "result.csv", runs)
         print(f"{folder / 'result.csv'}: {tally.nuclei} nuclei in {tally.images} images")
     else:
-        deque(delivered, maxlen=0)
+        deque(runs, maxlen=0)
     if tally.scores:
         print(format_summary(summarize(tally.scores)))
     if args.iou:
@@ -87,6 +103,19 @@ def run(config: Config, args: argparse.Namespace) -> int:
     refused = f", {len(tally.refused)} refused" if tally.refused else ""
     print(f"{tally.images} images in {time.monotonic() - began:.1f} s{refused}")
     return 3 if tally.refused else 0
+
+
+def bring_together(tallies: Sequence[Tally], records: Sequence[Record]) -> Tally:
+    """What many processes have come to, in the order of the images, as one would have done it."""
+    place = {record.id: number for number, record in enumerate(records)}
+    return Tally(
+        sum(tally.images for tally in tallies),
+        sum(tally.nuclei for tally in tallies),
+        sorted((score for tally in tallies for score in tally.scores), key=lambda score: place[score.id]),
+        sorted((name for tally in tallies for name in tally.refused), key=lambda name: place[name]),
+        sorted((line for tally in tallies for line in tally.lines), key=lambda line: place[line[0]]),
+        sorted((run for tally in tallies for run in tally.runs), key=lambda run: place[run[0]]),
+    )
 
 
 def choose_records(args: argparse.Namespace, config: Config, saved: Mapping[str, Any]) -> list[Record]:
@@ -112,7 +141,7 @@ def choose_records(args: argparse.Namespace, config: Config, saved: Mapping[str,
 
 def predict_all(records: Sequence[Record], segmenter: Segmenter, tally: Tally) -> Iterator[Result]:
     """Predict image by image; one that cannot be used is named and passed over."""
-    for record in tqdm(records, "predicting", disable=None):
+    for record in tqdm(records, "predicting", disable=parallel.bar_off()):
         try:
             if record.problem:
                 raise ImageError(record.problem)
@@ -142,7 +171,11 @@ def deliver(
             score = (
                 "" if result.score is None else f"  mAP {result.score.mean_precision:.4f}  IoU {result.score.iou:.4f}"
             )
-            tqdm.write(f"{result.record.id}  {result.labels.max(initial=0)} nuclei{score}")
+            line = f"{result.record.id}  {result.labels.max(initial=0)} nuclei{score}"
+            if parallel.world() > 1:
+                tally.lines.append((result.record.id, line))
+            else:
+                tqdm.write(line)
         for name in writers:
             WRITERS[name](folder, result.record.id, result.labels)
         if drawing:
@@ -189,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(
             f"--{name}", action="store_true", help=f"write {str(write.__doc__).splitlines()[0].rstrip('.')}"
         )
-    return run_script(run, parser, argv)
+    return run_script(run, parser, argv, many=True)
 
 
 if __name__ == "__main__":
