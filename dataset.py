@@ -142,13 +142,15 @@ class Piece:
     ----------
     positions : range
         In the order of the epoch; at least one.
-    share : float
-        How much of its step they are, by images; 0 of one that only stands in, where a step has fewer images than
-        pieces.
+    n : int
+        Images of it that count: all, or none where it only stands in, in a step of fewer images than pieces.
+    n_step : int
+        Images of its step, over all processes.
     """
 
     positions: range
-    share: float
+    n: int
+    n_step: int
 
 
 class Loader:
@@ -207,7 +209,7 @@ class Loader:
         bounds = [len(step) * i // n_pieces for i in range(n_pieces + 1)]
         mine = range(rank * self.accumulate, (rank + 1) * self.accumulate)
         parts = [step[bounds[i] : bounds[i + 1]] for i in mine]
-        return [Piece(part or step[:1], len(part) / len(step)) for part in parts]
+        return [Piece(part or step[:1], len(part), len(step)) for part in parts]
 
     def epoch(self, epoch: int) -> Generator[Batch, None, None]:
         """The batches of one epoch, those of `steps` one after another; at most ``n_worker + 1`` wait at a time."""

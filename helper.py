@@ -165,16 +165,16 @@ def prepare_process() -> None:
 
 
 class Meter:
-    """The last value, of `n` images, and the mean of all since `reset`."""
+    """The last value and the mean of all since `reset`."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.value, self.n, self.total, self.count = 0.0, 0.0, 0.0, 0.0
+        self.value, self.total, self.count = 0.0, 0.0, 0
 
-    def update(self, value: float, n: float = 1) -> None:
-        self.value, self.n = value, n
+    def update(self, value: float, n: int = 1) -> None:
+        self.value = value
         self.total += value * n
         self.count += n
 

@@ -305,10 +305,10 @@ class Trainer:
                 meters.tick(waited)
                 bar.update()
                 if i % self.config.train.print_freq == 0:
-                    tqdm.write(meters.over_all().line(self.epoch + 1, i, len(steps)))
+                    tqdm.write(meters.settle().line(self.epoch + 1, i, len(steps)))
         batches.close()
         bar.close()
-        self._end_epoch(meters.over_all().means(), spent + time.monotonic() - began, log)
+        self._end_epoch(meters.settle().means(), spent + time.monotonic() - began, log)
 
     def _start_epoch(self) -> None:
         """Freeze or thaw the encoder, and wrap the network in what a step calls where that has changed."""
@@ -346,10 +346,10 @@ class Trainer:
 
     def _train_step(self, parts: Sequence[tuple[Batch, Piece]], meters: Meters) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        readings = []
+        notes = []
         for i, (batch, piece) in enumerate(parts, 1):
             with nullcontext() if i == len(parts) else self._alone():
-                readings.append(self._learn(batch, piece.share))
+                notes.append(self._learn(batch, piece))
         if self.config.train.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
@@ -359,22 +359,20 @@ class Trainer:
         # Early in training the average forgets fast, or it would still hold the random start.
         decay = min(self.config.train.ema, (1 + self.step) / (10 + self.step))
         update_average(self.average, self.model, decay)
-        total = sum(piece.share for _, piece in parts)
-        n = sum(len(piece.positions) for _, piece in parts if piece.share)
-        # Read last, when there is no more to launch: a number that is read waits for the device.
-        meters.update([value / max(total, 1e-9) for value in torch.stack(readings).sum(0).tolist()], n)
+        meters.note(torch.stack(notes).sum(0))
 
-    def _learn(self, batch: Batch, share: float) -> Tensor:
-        """Add the gradients of one batch, which is `share` of the step; what meters read of it, times that share."""
+    def _learn(self, batch: Batch, piece: Piece) -> Tensor:
+        """Add the gradients of one batch, by its share of the step; what `Meters.note` wants to know of it."""
         assert self.learner is not None
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         image = batch.pop("image").contiguous(memory_format=memory_format(self.device))
         losses, logits = self.learner(image, batch)
         total = sum_losses(losses)
-        # The gradients of the processes are averaged, those of a step wanted.
-        self.scaler.scale(total * (share * parallel.world())).backward()
-        ious = [batch_iou(logits[head], batch[head]) for head in self.criterion.terms]
-        return share * torch.stack([total.detach(), *ious])
+        # The mean over the processes is taken of what is to be summed.
+        self.scaler.scale(total * (piece.n / piece.n_step * parallel.world())).backward()
+        counts = [count_pixels(logits[head], batch[head]) for head in self.criterion.terms]
+        noted = torch.stack([total.detach().new_tensor(piece.n), piece.n * total.detach()])
+        return torch.cat([noted, *(bool(piece.n) * count for count in counts)])
 
     def _alone(self) -> AbstractContextManager:
         """Let gradients add up in this process; they are exchanged with the last batch of a step."""
@@ -417,6 +415,7 @@ class Meters:
     def __init__(self, heads: Mapping[str, Any]) -> None:
         self.time, self.io, self.loss = Meter(), Meter(), Meter()
         self.iou = {head: Meter() for head in heads}
+        self._rows: list[Tensor] = []
         self._last = time.monotonic()
 
     def tick(self, waited: float) -> None:
@@ -425,20 +424,23 @@ class Meters:
         self.io.update(waited)
         self._last = now
 
-    def update(self, values: Sequence[float], n: int) -> None:
-        """Loss, then the IoU of each head, of `n` images."""
-        for meter, value in zip((self.loss, *self.iou.values()), values, strict=True):
-            meter.update(value, n)
+    def note(self, row: Tensor) -> None:
+        """What a process has seen in a step: images, their summed loss, and `count_pixels` of each head; (2 + 2 * n,).
 
-    def over_all(self) -> Meters:
-        """The same, loss and IoU over all processes; to be asked for in every one."""
-        if parallel.world() == 1:
-            return self
-        both = copy.deepcopy(self)
-        for meter in (both.loss, *both.iou.values()):
-            value, n, total, count = parallel.sums([meter.value * meter.n, meter.n, meter.total, meter.count])
-            meter.value, meter.n, meter.total, meter.count = value / max(n, 1), n, total, count
-        return both
+        It stays on the device, which a number that is read would have to wait for.
+        """
+        self._rows.append(row)
+
+    def settle(self) -> Meters:
+        """Bring in what was noted since the last time, over all processes; every process has to call it then."""
+        if self._rows:
+            rows = torch.stack(self._rows)
+            for n, loss, *counts in np.reshape(parallel.sums(rows.flatten().tolist()), rows.shape).tolist():
+                self.loss.update(loss / n, round(n))
+                for meter, both, either in zip(self.iou.values(), counts[::2], counts[1::2], strict=True):
+                    meter.update(both / max(either, 1), round(n))
+        self._rows.clear()
+        return self
 
     def line(self, epoch: int, step: int, n_steps: int) -> str:
         """The progress line of a step."""
@@ -452,11 +454,10 @@ class Meters:
         return {"loss": self.loss.mean, **{f"iou/{head}": m.mean for head, m in self.iou.items()}}
 
 
-def batch_iou(logits: Tensor, target: Tensor) -> Tensor:
-    """IoU of the pixels that are something; of any colour, or of any label, counts."""
+def count_pixels(logits: Tensor, target: Tensor) -> Tensor:
+    """Pixels that are something, of any colour or label, by network and target both, and by either; (2,) float32."""
     guess, truth = logits.amax(1, keepdim=True) > 0, target > 0.5
-    both = torch.count_nonzero(guess & truth)
-    return both / torch.count_nonzero(guess | truth).clamp(min=1)
+    return torch.stack([torch.count_nonzero(guess & truth), torch.count_nonzero(guess | truth)]).float()
 
 
 def adapt(model: Network, train: Train, device: torch.device) -> Network:

@@ -17,3 +17,12 @@ def nuclei_data() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f"NUCLEI_DATA = {folder}: no such folder")
     return Path(folder)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What only a GPU can show skips where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU of CUDA")
