@@ -325,7 +325,7 @@ def test_a_killed_worker_is_started_again_and_training_ends_as_it_should(data, t
 
 
 def test_two_processes_predict_what_one_predicts(data, tmp_path, capsys, monkeypatch, one_thread):
-    """To the byte at one thread each, with an image that is refused. torchrun ends with 1 and tells of the script's 3."""
+    """To the byte at one thread each, with an image refused; torchrun ends with 1 and tells of the script's 3."""
     images = tmp_path / "images"
     shutil.copytree(data / "train", images)
     masks = next(images.iterdir()) / "masks"
