@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -79,7 +81,10 @@ def joined() -> Iterator[None]:
     if n_started() == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store = dist.PrefixStore(_agree(store, number, count), store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     with open(os.devnull, "w") as nowhere:
         if is_main():
             yield
@@ -87,6 +92,37 @@ def joined() -> Iterator[None]:
             with redirect_stdout(nowhere):
                 yield
     dist.destroy_process_group()
+
+
+def _agree(store: dist.Store, number: int, count: int) -> str:
+    """A name that these processes have in common, and none that torchrun started before them.
+
+    torchrun keeps one store for all its restarts, where the addresses of processes that died still stand; one that
+    reads such an address before it is overwritten waits for the dead (pytorch issue 135712). Nor do all machines count
+    restarts alike. So the first process names the start, and tells it to each that has said hello with a word of its
+    own, until each has answered under that name. All earlier processes are dead by then: torchrun sees to that.
+    """
+    if number:
+        word = uuid.uuid4().hex
+        store.set(f"hello/{number}", word)
+        while not _read(store, f"welcome/{number}").startswith(word):
+            time.sleep(0.02)
+        name = _read(store, f"welcome/{number}").removeprefix(word)
+        store.set(f"{name}/{number}", "here")
+        return name
+    name = uuid.uuid4().hex
+    missing = set(range(1, count))
+    while missing:
+        for other in missing:
+            store.set(f"welcome/{other}", _read(store, f"hello/{other}") + name)
+        time.sleep(0.02)
+        missing = {other for other in missing if not _read(store, f"{name}/{other}")}
+    return name
+
+
+def _read(store: dist.Store, key: str) -> str:
+    """What stands there, without waiting; empty where nothing does."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 # What is shared out and brought together
