@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,19 @@ def test_a_training_belongs_to_the_launch_that_began_it(tmp_path, monkeypatch):
     assert not is_restarted(tmp_path)
     (tmp_path / "current.json").write_text("{")
     assert not is_restarted(tmp_path)
+
+
+def test_each_start_has_a_name_of_its_own():
+    """On one store, which keeps what processes wrote that died in the middle of an earlier start."""
+    store = torch.distributed.HashStore()
+    for key in ("hello/1", "welcome/1", "hello/2", "welcome/2"):
+        store.set(key, "left over")
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            names.append(set(pool.map(lambda number: parallel._agree(store, number, 3), (2, 0, 1))))
+    assert [len(each) for each in names] == [1, 1, 1]
+    assert len(set.union(*names)) == 3
 
 
 # Two processes
