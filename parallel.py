@@ -182,9 +182,3 @@ def average(tensors: Iterable[Tensor]) -> None:
     flat /= world()
     for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(mean.view_as(tensor))
-
-
-def wait() -> None:
-    """Until all processes are here."""
-    if world() > 1:
-        dist.barrier()

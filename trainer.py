@@ -192,10 +192,10 @@ class Trainer:
     -----
     Every process computes a part of each step; PyTorch's DistributedDataParallel takes the mean of their gradients,
     weighted by their share of the images. So the weights are the same in all, and the same as one process would find,
-    up to rounding, as far as a loss is a mean over images: all losses but those weighted by pixel (``wbce``), which are
-    means over the weight of what a process sees, and a detector's. Norms over the batch see the images of one process,
-    unless ``sync_batchnorm`` is set; the statistics they keep are averaged over processes after every epoch. The same
-    holds for the parts of a step under ``accumulate``. Checkpoints are written by the main process alone.
+    up to rounding, as far as a loss is a mean over images (see `loss.Criterion`; a detector's are not). Norms over the
+    batch see the images of one process, unless ``sync_batchnorm`` is set; the statistics they keep are averaged over
+    processes after every epoch. A step of several batches (``accumulate``) equals a large one as far. Checkpoints are
+    written by the main process alone.
     """
 
     def __init__(
