@@ -110,15 +110,20 @@ def write_csv(path: str | os.PathLike[str], results: Iterable[tuple[str, Labels]
     ValueError
         A map is no label map, or an image id comes twice; `path` stays as it was.
     """
+    write_runs(path, ((image_id, encode_rle(labels)) for image_id, labels in results))
+
+
+def write_runs(path: str | os.PathLike[str], results: Iterable[tuple[str, list[str]]]) -> None:
+    """As `write_csv`, of nuclei that `encode_rle` has encoded already."""
     seen: set[str] = set()
     with replacing(path) as stage, stage.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(CSV_HEADER)
-        for image_id, labels in results:
+        for image_id, runs in results:
             if image_id in seen:
                 raise ValueError(f"{path}: image {image_id} comes twice; its nuclei would overlap")
             seen.add(image_id)
-            writer.writerows((image_id, text) for text in encode_rle(labels) or [""])
+            writer.writerows((image_id, text) for text in runs or [""])
 
 
 def read_csv(path: str | os.PathLike[str]) -> dict[str, list[str]]:

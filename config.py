@@ -203,6 +203,9 @@ class Train(Section):
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     n_image_log: int = Field(4, ge=0)
+    accumulate: int = Field(1, ge=1)
+    sync_batchnorm: bool = False
+    compile: bool = False
 
 
 class Valid(Section):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+import parallel
 from config import Config
 from image import Cache
 from labels import fill_holes, relabel, remove_small, typical_diameter
@@ -133,6 +134,25 @@ def collate(items: Sequence[dict[str, NDArray]]) -> Batch:
     return {name: torch.from_numpy(np.stack([item[name] for item in items])) for name in items[0]}
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a process computes at a time.
+
+    Attributes
+    ----------
+    positions : range
+        In the order of the epoch; at least one.
+    n : int
+        Images of it that count: all, or none where it only stands in, in a step of fewer images than pieces.
+    n_step : int
+        Images of its step, over all processes.
+    """
+
+    positions: range
+    n: int
+    n_step: int
+
+
 class Loader:
     """Batches of an epoch, made ahead by threads, in a fixed order.
 
@@ -140,40 +160,86 @@ class Loader:
     ----------
     dataset : NucleiDataset
     n_batch : int
+        Images of a step, over all processes.
     n_worker : int
         Threads; 0 makes each batch when it is asked for.
+    accumulate : int
+        Batches a step, in each process.
+    place : (int, int)
+        Number of this process, and how many there are.
+    pin : bool
+        Put batches where a GPU of CUDA fetches them by itself.
+
+    Raises
+    ------
+    ValueError
+        A step has fewer images than there are batches to be made of it.
     """
 
-    def __init__(self, dataset: NucleiDataset, n_batch: int, n_worker: int) -> None:
+    def __init__(
+        self,
+        dataset: NucleiDataset,
+        n_batch: int,
+        n_worker: int,
+        accumulate: int = 1,
+        place: tuple[int, int] = (0, 1),
+        pin: bool = False,
+    ) -> None:
+        if n_batch < accumulate * place[1]:
+            raise ValueError(
+                f"[train] n_batch = {n_batch}: wanted at least {accumulate * place[1]}, an image for each of "
+                f"{place[1]} processes, {accumulate} times a step ([train] accumulate)"
+            )
         self.dataset, self.n_batch, self.n_worker = dataset, n_batch, n_worker
+        self.accumulate, self.place, self.pin = accumulate, place, pin
 
     def __len__(self) -> int:
+        """Steps of an epoch."""
         return -(-len(self.dataset) // self.n_batch)
 
-    def epoch(self, epoch: int) -> Generator[Batch, None, None]:
-        """The batches of one epoch; at most ``n_worker + 1`` wait at a time."""
-        order = self.dataset.order(epoch)
-        chunks = [range(i, min(i + self.n_batch, len(order))) for i in range(0, len(order), self.n_batch)]
+    def steps(self) -> list[list[Piece]]:
+        """The pieces of each step that are this process's; all processes together have each image once."""
+        n = len(self.dataset)
+        return [self._divide(range(i, min(i + self.n_batch, n))) for i in range(0, n, self.n_batch)]
 
-        def make(chunk: range) -> Batch:
-            return collate([self.dataset.item(order[position], epoch, position) for position in chunk])
+    def _divide(self, step: range) -> list[Piece]:
+        """As even as can be. The last step of an epoch may have no image for some: they stand in with the first."""
+        rank, world = self.place
+        n_pieces = world * self.accumulate
+        bounds = [len(step) * i // n_pieces for i in range(n_pieces + 1)]
+        mine = range(rank * self.accumulate, (rank + 1) * self.accumulate)
+        parts = [step[bounds[i] : bounds[i + 1]] for i in mine]
+        return [Piece(part or step[:1], len(part), len(step)) for part in parts]
+
+    def epoch(self, epoch: int) -> Generator[Batch, None, None]:
+        """The batches of one epoch, those of `steps` one after another; at most ``n_worker + 1`` wait at a time."""
+        order = self.dataset.order(epoch)
+        pieces = [piece for step in self.steps() for piece in step]
+
+        def make(piece: Piece) -> Batch:
+            batch = collate([self.dataset.item(order[position], epoch, position) for position in piece.positions])
+            return {name: value.pin_memory() for name, value in batch.items()} if self.pin else batch
 
         if self.n_worker == 0:
-            yield from map(make, chunks)
+            yield from map(make, pieces)
             return
         pool = ThreadPoolExecutor(self.n_worker, thread_name_prefix="loader")
         try:
             ahead = self.n_worker + 1
-            waiting = deque(pool.submit(make, chunk) for chunk in chunks[:ahead])
-            for i in range(len(chunks)):
+            waiting = deque(pool.submit(make, piece) for piece in pieces[:ahead])
+            for i in range(len(pieces)):
                 batch = waiting.popleft().result()
-                if i + ahead < len(chunks):
-                    waiting.append(pool.submit(make, chunks[i + ahead]))
+                if i + ahead < len(pieces):
+                    waiting.append(pool.submit(make, pieces[i + ahead]))
                 yield batch
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def build_loader(records: Sequence[Record], cache: Cache, config: Config, heads: tuple[str, ...]) -> Loader:
-    """The loader of the training records, as the settings have it."""
-    return Loader(NucleiDataset(records, cache, config, heads), config.train.n_batch, config.train.n_worker)
+def build_loader(
+    records: Sequence[Record], cache: Cache, config: Config, heads: tuple[str, ...], pin: bool = False
+) -> Loader:
+    """The loader of the training records, as the settings have it, for this process."""
+    train, place = config.train, (parallel.rank(), parallel.world())
+    dataset = NucleiDataset(records, cache, config, heads)
+    return Loader(dataset, train.n_batch, train.n_worker, train.accumulate, place, pin)

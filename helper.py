@@ -18,6 +18,7 @@ import cv2
 import torch
 from torch import nn
 
+import parallel
 from config import Config, add_arguments, load_config
 from files import replacing
 
@@ -45,8 +46,14 @@ def run_script(
     main: Callable[[Config, argparse.Namespace], int],
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
+    many: bool = False,
 ) -> int:
     """Parse, read the settings, run, and turn what the user got wrong into one line.
+
+    Parameters
+    ----------
+    many : bool
+        The script knows to run as several processes that torchrun starts; others refuse.
 
     Returns
     -------
@@ -57,7 +64,13 @@ def run_script(
     problem: Exception
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
-        return main(load_config(args.config, args.set), args)
+        if parallel.n_started() > 1 and not many:
+            raise ValueError(f"runs as one process, torchrun started {parallel.n_started()}; start it with python")
+        config = load_config(args.config, args.set)
+        with parallel.joined():
+            if not parallel.is_main():
+                logging.getLogger().setLevel(logging.ERROR)  # warnings are the same in all
+            return main(config, args)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
@@ -75,18 +88,24 @@ def run_script(
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; `auto` is cuda, else mps, else cpu.
+    """The device of that name; `auto` is cuda, else mps, else cpu. Of many processes each takes a GPU of its own.
 
     Raises
     ------
     ValueError
-        No such device here.
+        No such device here, or one that many processes cannot share.
     """
+    many = parallel.world() > 1
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and not many
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if many and name not in ("cuda", "cpu"):
+        raise ValueError(f"[train] device = {name}: {parallel.world()} processes; wanted cuda, cpu or auto")
     try:
-        device = torch.device(name)
+        device = torch.device(name, parallel.local_rank()) if many and name == "cuda" else torch.device(name)
         torch.empty(0, device=device)
+        if many and name == "cuda":
+            torch.cuda.set_device(device)  # NCCL and what asks for plain "cuda" take the current one
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"[train] device = {name}: {' '.join(str(error).split())[:160]}") from None
     return device
@@ -96,10 +115,13 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The type of autocast.
 
     `auto` is bfloat16 on a GPU that computes in it, float16 on other GPUs of CUDA, and on a CPU bfloat16 where a
-    convolution is clearly faster in it (many CPUs have the instructions and gain nothing by them), else float32.
+    convolution is clearly faster in it (many CPUs have the instructions and gain nothing by them), else float32. Of
+    many processes the main one chooses for all: two that measure may find two answers.
     """
-    if name != "auto":
-        return getattr(torch, name)
+    return getattr(torch, name) if name != "auto" else parallel.from_main(lambda: _fastest_precision(device))
+
+
+def _fastest_precision(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu" and 1.2 * _convolution_time(torch.bfloat16) < _convolution_time(torch.float32):
@@ -226,9 +248,21 @@ def slim(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_current(folder: Path, name: str, epoch: int) -> None:
-    """Note in ``current.json`` where training stands."""
+    """Note in ``current.json`` where training stands, and which launch of torchrun wrote it, if any."""
+    note = {"checkpoint": name, "epoch": epoch} | ({"launch": parallel.launch()} if parallel.launch() else {})
     with replacing(folder / "current.json", sync=True) as stage:
-        stage.write_text(json.dumps({"checkpoint": name, "epoch": epoch}))
+        stage.write_text(json.dumps(note))
+
+
+def is_restarted(folder: Path) -> bool:
+    """Whether the training of `folder` was begun by this launch of torchrun, which has started its processes again."""
+    note = folder / "current.json"
+    if not parallel.launch() or not note.is_file():
+        return False
+    try:
+        return json.loads(note.read_text()).get("launch") == parallel.launch()
+    except (json.JSONDecodeError, AttributeError):
+        return False
 
 
 def read_current(folder: Path) -> Path | None:

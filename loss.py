@@ -148,6 +148,12 @@ class Criterion:
     ----------
     rules : mapping
         head -> sum of losses, such as ``{"semantic": "wbce + dice"}``; other heads are not trained.
+
+    Notes
+    -----
+    The loss of a batch is the mean of those of its parts, by their images, as far as its terms are means over images of
+    one size; so many processes, or a step of several batches, find the gradients of the whole. ``wbce``, ``wfocal`` and
+    ``wmse`` are not: they are means over the weight in the batch, of which an image of many borders has more.
     """
 
     def __init__(self, rules: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@
     python train.py --minutes 60                     the schedule follows the clock
     python train.py --init other.pkl --lr 2e-4       fine-tune
     python train.py --set param.model=caunet --set dataset.valid_ids=valid_ids.txt
+    torchrun --nproc-per-node 4 train.py             four GPUs; see the README for several machines
 
 Reads data/train (and data/valid, or splits by [dataset] cv_ratio or valid_ids); writes checkpoints and a
 TensorBoard log into the checkpoint folder.
@@ -16,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import parallel
 from config import CHECKPOINT_KEYS, Config
 from dataset import build_loader, open_cache
 from division import format_epoch, load_split
 from helper import (
+    is_restarted,
     load_checkpoint,
     make_parser,
     pick_device,
@@ -42,14 +46,15 @@ from model import build_model, model_options, place
 from network import Network
 from predict import Segmenter
 from record import Record
-from score import score_image, summarize
+from score import Score, score_image, summarize
 from target import make_targets, plan_targets
 from trainer import Trainer, log_graph, plan_span
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
     prepare_process()
-    state = _resume_state(args)
+    # Of many processes the main one reads: other machines need not see the folder it writes to.
+    state, restarted = parallel.from_main(lambda: _resume_state(args))
     config, changed = _inherit(config, args, state)
     device = pick_device(config.train.device)
     precision = _pick_precision(config, device, state)
@@ -62,7 +67,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     cache = open_cache(config, args.data)
     train, valid = load_split(args.data, config.dataset)
     train, valid, n_bad = _read_all(train, valid, cache, config)
-    loader = build_loader(train, cache, config, model.heads)
+    loader = build_loader(train, cache, config, model.heads, pin=device.type == "cuda")
     evaluate = _make_evaluate(valid, cache, config, device, precision) if valid else None
     trainer = Trainer(model, loader, config, args.checkpoint_dir, device, precision, evaluate)
     _rehearse(trainer)
@@ -70,7 +75,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     if state is not None:
         trainer.restore(state)
     saved = None if state is None else trainer.span
-    trainer.span = plan_span(trainer.epoch, saved, args.epoch, args.minutes, config.train, changed)
+    n_epoch, minutes = (None, None) if restarted else (args.epoch, args.minutes)
+    trainer.span = plan_span(trainer.epoch, saved, n_epoch, minutes, config.train, changed)
     if trainer.span.done(trainer.epoch):
         print(f"Trained to epoch {trainer.epoch} already; --epoch N or --minutes M trains on, --no-resume starts anew")
         return 0
@@ -78,27 +84,32 @@ def run(config: Config, args: argparse.Namespace) -> int:
     print(f"{len(train)} training images, {len(valid)} for validation")
     print(format_epoch(train, valid, loader.dataset.balance))
     frozen = ", its encoder frozen" if trainer.epoch < trainer.thaw_epoch else ""
-    print(f"{config.param.model} on {device} in {str(precision).removeprefix('torch.')}{frozen}")
+    many = f" by {parallel.world()} processes" if parallel.world() > 1 else ""
+    print(f"{config.param.model} on {device} in {str(precision).removeprefix('torch.')}{frozen}{many}")
     if state is None:
-        previous = set_aside(args.checkpoint_dir)
+        previous = parallel.from_main(lambda: set_aside(args.checkpoint_dir))
         print("Grand new training ..." + (f" (the last one is in {previous})" if previous else ""))
     else:
         print(f"Resuming after epoch {trainer.epoch} ...")
     print("Training started...")
-    with SummaryWriter(str(args.checkpoint_dir / "log" / config.train.log_name)) as log:
-        if state is None:
+    folder = str(args.checkpoint_dir / "log" / config.train.log_name)
+    with SummaryWriter(folder) if parallel.is_main() else nullcontext() as log:
+        if log is not None and state is None:
             log_graph(log, trainer.average)
         trainer.run(log)
     print(f"Training finished after epoch {trainer.epoch}: {args.checkpoint_dir / 'latest.pkl'}")
-    return 3 if n_bad else 0
+    return 3 if n_bad and parallel.is_main() else 0
 
 
-def _resume_state(args: argparse.Namespace) -> dict | None:
-    current = read_current(args.checkpoint_dir) if args.resume and not args.init else None
+def _resume_state(args: argparse.Namespace) -> tuple[dict | None, bool]:
+    """The checkpoint to go on with, if any, and whether it is torchrun that has started this training again."""
+    restarted = is_restarted(args.checkpoint_dir)
+    resume = restarted or (args.resume and not args.init)
+    current = read_current(args.checkpoint_dir) if resume else None
     if current is None:
-        return None
+        return None, False
     print(f"Loading checkpoint '{current}'")
-    return load_checkpoint(current)
+    return load_checkpoint(current), restarted
 
 
 def _load_encoder(model: Network, config: Config, fresh: list[str]) -> None:
@@ -150,13 +161,15 @@ def _read_all(
         return ""
 
     records = [*train, *valid]
+    mine, off = parallel.share(records), parallel.bar_off()
     with ThreadPoolExecutor(max(config.train.n_worker, 1)) as pool:
-        problems = list(tqdm(pool.map(problem, records), "reading", len(records), leave=False, disable=None))
+        found = list(tqdm(pool.map(problem, mine), "reading", len(mine), leave=False, disable=off))
+    problems = parallel.merge(found)
     bad = {r.id: text for r, text in zip(records, problems, strict=True) if text}
     if bad and config.dataset.on_bad == "refuse":
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise ImageError(f"{next(iter(bad.values()))}{more}; [dataset] on_bad = skip leaves such images out")
-    for text in bad.values():
+    for text in bad.values() if parallel.is_main() else ():
         print(f"skipped: {text}", file=sys.stderr)
     train, valid = ([r for r in records if r.id not in bad] for records in (train, valid))
     if not train:
@@ -169,19 +182,21 @@ def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: 
     valid = config.valid.model_copy(update={"test_time_augment": ()})
     once = config.model_copy(update={"valid": valid, "pre": config.pre.model_copy(update={"nucleus_diameter": 0.0})})
 
+    def judge(segmenter: Segmenter, record: Record) -> tuple[Score, dict[str, float]]:
+        assert record.masks is not None
+        truth = np.asarray(cache.labels(record.image, record.masks))
+        labels, probs = segmenter.predict(np.asarray(cache.image(record.image)))
+        targets = make_targets(truth, plan_targets(tuple(probs), config.pre, config.contour))
+        sure = {head: p.max(0) if p.ndim == 3 else p for head, p in probs.items()}
+        ious = {head: pixel_iou(targets[head][0] > 0.5, p > config.thresholds[head]) for head, p in sure.items()}
+        return score_image(record, truth, labels), ious
+
     def evaluate(model: Network) -> dict[str, float]:
         segmenter = Segmenter([model], once, device, precision)
-        scores, ious = [], []
-        for record in tqdm(records, "validating", leave=False, disable=None):
-            assert record.masks is not None
-            truth = np.asarray(cache.labels(record.image, record.masks))
-            labels, probs = segmenter.predict(np.asarray(cache.image(record.image)))
-            targets = make_targets(truth, plan_targets(tuple(probs), config.pre, config.contour))
-            sure = {head: p.max(0) if p.ndim == 3 else p for head, p in probs.items()}
-            ious.append([pixel_iou(targets[head][0] > 0.5, p > config.thresholds[head]) for head, p in sure.items()])
-            scores.append(score_image(record, truth, labels))
+        mine = tqdm(parallel.share(records), "validating", leave=False, disable=parallel.bar_off())
+        scores, ious = zip(*parallel.merge([judge(segmenter, record) for record in mine]), strict=True)
         row = summarize(scores)["all"]
-        each = {f"iou/{head}": float(iou) for head, iou in zip(probs, np.mean(ious, axis=0), strict=True)}
+        each = {f"iou/{head}": float(np.mean([of_image[head] for of_image in ious])) for head in ious[0]}
         # Where the contour alone is trained there are no nuclei to find.
         best = each["iou/contour"] if config.contour.exclusive else row["score"]
         return {"score": best, "ap50": row["ap50"], **each}
@@ -226,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--lr", dest="set", action="append", type="param.learn_rate={}".format, metavar="X", help="learning rate"
     )
     parser.add_argument("--init", type=Path, metavar="FILE", help="start from the weights of a checkpoint")
-    return run_script(run, parser, argv)
+    return run_script(run, parser, argv, many=True)
 
 
 if __name__ == "__main__":

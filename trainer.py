@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
 import io
 import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import parallel
 from config import Config, Train, pick
-from dataset import Batch, Loader
+from dataset import Batch, Loader, Piece
 from detector import MaskRCNN
 from encoder import LibraryEncoder
 from helper import Meter, autocast, save_checkpoint, write_current
@@ -31,6 +36,13 @@ from model import memory_format
 from network import Network
 
 logger = logging.getLogger(__name__)
+
+#: Whether buffers are overwritten by the main process's at every step; PyTorch has renamed it.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 @dataclass(frozen=True)
@@ -138,19 +150,52 @@ SCHEDULES: dict[str, Callable[[float, int, Train], float]] = {
 }
 
 
+class Learner(nn.Module):
+    """A network and its losses as one module, so that what wraps it sees all that gradients flow through."""
+
+    def __init__(self, network: Network, criterion: Criterion, precision: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.criterion, self.precision = network, criterion, precision
+
+    def forward(self, image: Tensor, targets: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Named losses, and the logits they were taken of, without gradient; a detector has none to show."""
+        with autocast(image.device, self.precision):
+            if isinstance(self.network, MaskRCNN):
+                return self.network.losses(image, targets), {}
+            logits = self.network(image)
+        losses = self.criterion(logits, targets)
+        return losses, {head: value.detach() for head, value in logits.items()}
+
+
 class Trainer:
-    """One network in training.
+    """One network in training, by one process or many.
 
     Parameters
     ----------
     model : module
         On `device` already.
     loader : Loader
+        Of this process's part of each step.
     config : Config
     folder : path
         Where checkpoints go.
     evaluate : callable, optional
-        network -> scores of the validation images; "score" decides which checkpoint is the best.
+        network -> scores of the validation images, the same in every process; "score" decides which checkpoint is the
+        best.
+
+    Raises
+    ------
+    ValueError
+        The settings ask for what the network or the device does not have.
+
+    Notes
+    -----
+    Every process computes a part of each step; PyTorch's DistributedDataParallel takes the mean of their gradients,
+    weighted by their share of the images. So the weights are the same in all, and the same as one process would find,
+    up to rounding, as far as a loss is a mean over images (see `loss.Criterion`; a detector's are not). Norms over the
+    batch see the images of one process, unless ``sync_batchnorm`` is set; the statistics they keep are averaged over
+    processes after every epoch. A step of several batches (``accumulate``) equals a large one as far. Checkpoints are
+    written by the main process alone.
     """
 
     def __init__(
@@ -163,10 +208,12 @@ class Trainer:
         precision: torch.dtype,
         evaluate: Callable[[Network], Mapping[str, float]] | None = None,
     ) -> None:
-        self.model, self.loader, self.config, self.folder = model, loader, config, folder
+        self.loader, self.config, self.folder = loader, config, folder
         self.device, self.precision, self.evaluate = device, precision, evaluate
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = adapt(model, config.train, device)
         self.criterion = Criterion(pick_rules(config, model.heads))
+        self.learner: nn.Module | None = None
         kind = torch.optim.AdamW if config.train.optimizer == "adamw" else torch.optim.Adam
         decay = config.train.weight_decay if config.train.optimizer == "adamw" else 0.0
         self.optimizer = kind(group_parameters(model, config.param.encoder_rate), weight_decay=decay)
@@ -183,6 +230,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint holds, in tensors and plain types."""
+        many = parallel.world() > 1  # they start each epoch from its number; asking for other GPUs would wake them
         return {
             "model": self.model.name,
             "options": self.model.options,
@@ -195,7 +243,7 @@ class Trainer:
             "step": self.step,
             "best": self.best,
             "scores": self.scores,
-            "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "random": {"cpu": torch.get_rng_state(), "cuda": [] if many else torch.cuda.get_rng_state_all()},
             "device": self.device.type,
             "precision": str(self.precision).removeprefix("torch."),
             "config": self.config.to_dict(),
@@ -219,6 +267,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoints that this epoch is due."""
+        if not parallel.is_main():
+            return
         state = self.state()
         if self.epoch % self.config.train.n_ckpt_epoch == 0:
             save_checkpoint(self.folder / f"{self.epoch}.pkl", state)
@@ -227,8 +277,8 @@ class Trainer:
 
     # Training
 
-    def run(self, log: SummaryWriter) -> None:
-        """Train to the end of the span, with a checkpoint after every epoch."""
+    def run(self, log: SummaryWriter | None) -> None:
+        """Train to the end of the span, with a checkpoint after every epoch; `log` is the main process's, or None."""
         while not self.span.done(self.epoch):
             self._train_epoch(log)
             self.save()
@@ -237,43 +287,69 @@ class Trainer:
                 self._validate(log)
                 self.save()
 
-    def _train_epoch(self, log: SummaryWriter) -> None:
+    def _train_epoch(self, log: SummaryWriter | None) -> None:
         """One epoch, or what the clock leaves of it."""
-        self.model.freeze(self.epoch < self.thaw_epoch)
+        self._start_epoch()
         began, spent = time.monotonic(), self.span.elapsed
         meters = Meters(self.criterion.terms)
-        self.model.train()
-        n_steps = len(self.loader)
-        bar = tqdm(total=n_steps, desc=f"epoch {self.epoch + 1}", leave=False, disable=None)
+        steps = self.loader.steps()
+        bar = tqdm(total=len(steps), desc=f"epoch {self.epoch + 1}", leave=False, disable=parallel.bar_off())
         batches = self.loader.epoch(self.epoch)
-        for i, (batch, waited) in enumerate(_timed(batches)):
-            elapsed = spent + time.monotonic() - began
-            progress = self.span.progress(self.epoch + i / n_steps, elapsed)
-            if self.span.minutes and progress >= 1:
-                break
-            factor = self.schedule(progress, self.epoch, self.config.train)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.param.learn_rate * factor * group["rate"]
-            self._train_step(batch, meters)
-            meters.tick(waited)
-            bar.update()
-            if i % self.config.train.print_freq == 0:
-                tqdm.write(meters.line(self.epoch + 1, i, n_steps))
+        with autotuned_convolutions():
+            for i, (parts, waited) in enumerate(_timed(batches, steps)):
+                progress = self._progress(i / len(steps), spent + time.monotonic() - began)
+                if self.span.minutes and progress >= 1:
+                    break
+                self._set_rates(progress)
+                self._train_step(parts, meters)
+                meters.tick(waited)
+                bar.update()
+                if i % self.config.train.print_freq == 0:
+                    tqdm.write(meters.settle().line(self.epoch + 1, i, len(steps)))
         batches.close()
         bar.close()
-        self.epoch += 1
-        self.span = replace(self.span, elapsed=spent + time.monotonic() - began)
-        for name, value in meters.means().items():
-            log.add_scalar(f"train/{name}", value, self.epoch)
-        log.add_scalar("train/learn_rate", self.optimizer.param_groups[-1]["lr"], self.epoch)
+        self._end_epoch(meters.settle().means(), spent + time.monotonic() - began, log)
 
-    def _train_step(self, batch: Batch, meters: Meters) -> None:
-        batch = {name: value.to(self.device) for name, value in batch.items()}
-        image = batch.pop("image").contiguous(memory_format=memory_format(self.device))
-        losses, logits = self._losses(image, batch)
-        total = sum_losses(losses)
+    def _start_epoch(self) -> None:
+        """Freeze or thaw the encoder, and wrap the network in what a step calls where that has changed."""
+        frozen = self.epoch < self.thaw_epoch
+        if self.learner is None or frozen != self.model.frozen:
+            self.model.freeze(frozen)
+            self.learner = None
+            gc.collect()  # or the hooks of the old wrapper would be called, too
+            self.learner = share_gradients(Learner(self.model, self.criterion, self.precision))
+        self.model.train()
+        if parallel.world() > 1:  # each draws its own numbers, in dropout for one, and the same again after a resume
+            seeds = np.random.SeedSequence([self.config.train.seed, self.epoch, parallel.rank()])
+            torch.manual_seed(int(seeds.generate_state(1)[0]))
+
+    def _progress(self, done: float, elapsed: float) -> float:
+        """How much of the span is done, after so much of the epoch; by the clock of the main process."""
+        if self.span.minutes:  # or one process would leave the epoch, and the others wait for it
+            elapsed = parallel.from_main(lambda: elapsed)
+        return self.span.progress(self.epoch + done, elapsed)
+
+    def _set_rates(self, progress: float) -> None:
+        factor = self.schedule(progress, self.epoch, self.config.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.param.learn_rate * factor * group["rate"]
+
+    def _end_epoch(self, means: Mapping[str, float], elapsed: float, log: SummaryWriter | None) -> None:
+        for network in (self.model, self.average):
+            parallel.average(norm_statistics(network))
+        self.epoch += 1
+        self.span = replace(self.span, elapsed=parallel.from_main(lambda: elapsed))
+        if log is not None:
+            for name, value in means.items():
+                log.add_scalar(f"train/{name}", value, self.epoch)
+            log.add_scalar("train/learn_rate", self.optimizer.param_groups[-1]["lr"], self.epoch)
+
+    def _train_step(self, parts: Sequence[tuple[Batch, Piece]], meters: Meters) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total).backward()
+        notes = []
+        for i, (batch, piece) in enumerate(parts, 1):
+            with nullcontext() if i == len(parts) else self._alone():
+                notes.append(self._learn(batch, piece))
         if self.config.train.clip_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip_norm)
@@ -283,29 +359,41 @@ class Trainer:
         # Early in training the average forgets fast, or it would still hold the random start.
         decay = min(self.config.train.ema, (1 + self.step) / (10 + self.step))
         update_average(self.average, self.model, decay)
-        meters.update(float(total.detach()), logits, batch, len(image))
+        meters.note(torch.stack(notes).sum(0))
 
-    def _losses(self, image: Tensor, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Named losses, and the logits they were taken of; a detector has none to show."""
-        with autocast(self.device, self.precision):
-            if isinstance(self.model, MaskRCNN):
-                return self.model.losses(image, batch), {}
-            logits = self.model(image)
-        return self.criterion(logits, batch), logits
+    def _learn(self, batch: Batch, piece: Piece) -> Tensor:
+        """Add the gradients of one batch, by its share of the step; what `Meters.note` wants to know of it."""
+        assert self.learner is not None
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        image = batch.pop("image").contiguous(memory_format=memory_format(self.device))
+        losses, logits = self.learner(image, batch)
+        total = sum_losses(losses)
+        # The mean over the processes is taken of what is to be summed.
+        self.scaler.scale(total * (piece.n / piece.n_step * parallel.world())).backward()
+        counts = [count_pixels(logits[head], batch[head]) for head in self.criterion.terms]
+        noted = torch.stack([total.detach().new_tensor(piece.n), piece.n * total.detach()])
+        return torch.cat([noted, *(bool(piece.n) * count for count in counts)])
 
-    def _validate(self, log: SummaryWriter) -> None:
+    def _alone(self) -> AbstractContextManager:
+        """Let gradients add up in this process; they are exchanged with the last batch of a step."""
+        return self.learner.no_sync() if isinstance(self.learner, DistributedDataParallel) else nullcontext()
+
+    def _validate(self, log: SummaryWriter | None) -> None:
         assert self.evaluate is not None
         began = time.monotonic()
         self.scores = dict(self.evaluate(self.average))
-        self.span = replace(self.span, elapsed=self.span.elapsed + time.monotonic() - began)
-        for name, value in self.scores.items():
-            log.add_scalar(f"valid/{name}", value, self.epoch)
+        spent = parallel.from_main(lambda: time.monotonic() - began)
+        self.span = replace(self.span, elapsed=self.span.elapsed + spent)
         text = "    ".join(f"{name}: {value:.4f}" for name, value in self.scores.items())
         tqdm.write(f"Valid: [{self.epoch}]    {text}")
-        self._log_images(log)
+        if log is not None:
+            for name, value in self.scores.items():
+                log.add_scalar(f"valid/{name}", value, self.epoch)
+            self._log_images(log)
         if self.scores["score"] > self.best:
             self.best = self.scores["score"]
-            save_checkpoint(self.folder / "best.pkl", self.state())
+            if parallel.is_main():
+                save_checkpoint(self.folder / "best.pkl", self.state())
 
     @torch.inference_mode()
     def _log_images(self, log: SummaryWriter) -> None:
@@ -327,6 +415,7 @@ class Meters:
     def __init__(self, heads: Mapping[str, Any]) -> None:
         self.time, self.io, self.loss = Meter(), Meter(), Meter()
         self.iou = {head: Meter() for head in heads}
+        self._rows: list[Tensor] = []
         self._last = time.monotonic()
 
     def tick(self, waited: float) -> None:
@@ -335,13 +424,23 @@ class Meters:
         self.io.update(waited)
         self._last = now
 
-    def update(self, loss: float, logits: Mapping[str, Tensor], targets: Mapping[str, Tensor], n: int) -> None:
-        self.loss.update(loss, n)
-        for head, meter in self.iou.items():
-            # A pixel of any colour is one of a nucleus, as is one of any label.
-            guess, truth = logits[head].detach().amax(1, keepdim=True) > 0, targets[head] > 0.5
-            both = torch.count_nonzero(guess & truth)
-            meter.update(float(both / torch.count_nonzero(guess | truth).clamp(min=1)), n)
+    def note(self, row: Tensor) -> None:
+        """What a process has seen in a step: images, their summed loss, and `count_pixels` of each head; (2 + 2 * n,).
+
+        It stays on the device, which a number that is read would have to wait for.
+        """
+        self._rows.append(row)
+
+    def settle(self) -> Meters:
+        """Bring in what was noted since the last time, over all processes; every process has to call it then."""
+        if self._rows:
+            rows = torch.stack(self._rows)
+            for n, loss, *counts in np.reshape(parallel.sums(rows.flatten().tolist()), rows.shape).tolist():
+                self.loss.update(loss / n, round(n))
+                for meter, both, either in zip(self.iou.values(), counts[::2], counts[1::2], strict=True):
+                    meter.update(both / max(either, 1), round(n))
+        self._rows.clear()
+        return self
 
     def line(self, epoch: int, step: int, n_steps: int) -> str:
         """The progress line of a step."""
@@ -353,6 +452,66 @@ class Meters:
 
     def means(self) -> dict[str, float]:
         return {"loss": self.loss.mean, **{f"iou/{head}": m.mean for head, m in self.iou.items()}}
+
+
+def count_pixels(logits: Tensor, target: Tensor) -> Tensor:
+    """Pixels that are something, of any colour or label, by network and target both, and by either; (2,) float32."""
+    guess, truth = logits.amax(1, keepdim=True) > 0, target > 0.5
+    return torch.stack([torch.count_nonzero(guess & truth), torch.count_nonzero(guess | truth)]).float()
+
+
+def adapt(model: Network, train: Train, device: torch.device) -> Network:
+    """The network as the settings of training want it, its tensors and their names unchanged.
+
+    Raises
+    ------
+    ValueError
+        ``sync_batchnorm`` without GPUs.
+    """
+    if train.sync_batchnorm and parallel.world() > 1:
+        if device.type != "cuda":
+            raise ValueError(
+                f"[train] sync_batchnorm = True: PyTorch has it on GPUs, this is {device}; set it to False"
+            )
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if train.compile:  # in place: a compiled copy would have other names in its checkpoints
+        (model.encoder if isinstance(model, MaskRCNN) else model).compile()
+    return model
+
+
+def share_gradients(learner: Learner) -> nn.Module:
+    """Of many processes, let all have the mean of their gradients; the weights are the main one's.
+
+    Only where a head is not trained, which leaves its own layers without gradient, does every step look for such.
+    Buffers stay each process's own: see `norm_statistics`.
+    """
+    if parallel.world() == 1:
+        return learner
+    idle = set(learner.network.heads) - set(learner.criterion.terms) - {"instance"}
+    options: dict[str, Any] = {
+        _SYNC_BUFFERS: False,
+        "gradient_as_bucket_view": True,
+        "find_unused_parameters": bool(idle),
+    }
+    return DistributedDataParallel(learner, **options)
+
+
+def norm_statistics(network: nn.Module) -> list[Tensor]:
+    """The running means and variances of all norms that keep such, in the order of the network."""
+    norms = [part for part in network.modules() if isinstance(part, _NormBase) and part.track_running_stats]
+    found = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+    return [value for value in found if value is not None]
+
+
+@contextmanager
+def autotuned_convolutions() -> Iterator[None]:
+    """Let cuDNN try which kernels are fastest; for inputs of one size, since it tries again for each."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def log_graph(log: SummaryWriter, network: Network) -> None:
@@ -427,11 +586,11 @@ def _as_rgb(maps: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.concatenate([maps[:3], np.zeros((max(3 - len(maps), 0), *maps.shape[1:]), np.float32)])
 
 
-def _timed(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch with the seconds it was waited for."""
-    while True:
+def _timed(
+    batches: Generator[Batch, None, None], steps: Sequence[Sequence[Piece]]
+) -> Iterator[tuple[list[tuple[Batch, Piece]], float]]:
+    """The batches of each step, and the seconds they were waited for."""
+    for pieces in steps:
         began = time.monotonic()
-        batch = next(batches, None)
-        if batch is None:
-            return
-        yield batch, time.monotonic() - began
+        parts = [(next(batches), piece) for piece in pieces]
+        yield parts, time.monotonic() - began

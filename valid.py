@@ -6,6 +6,7 @@
     python valid.py checkpoint/100.pkl checkpoint/best.pkl --csv        an ensemble
     python valid.py --input photos/ --save --label   figures and label maps of your own images
     python valid.py --input slide.tif                a slide of any size: label map and outlines, block by block
+    torchrun --nproc-per-node 4 valid.py --csv       four processes share the images, one result.csv
 
 Without a checkpoint named, best.pkl of the checkpoint folder is used, else its newest, else the weights that ship.
 """
@@ -26,8 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+import parallel
 import plot
-from annotation import WRITERS, write_csv
+from annotation import WRITERS, encode_rle, write_runs
 from color import equalize
 from config import SPLIT_KEYS, Config
 from division import load_split
@@ -64,6 +66,8 @@ class Tally:
     nuclei: int = 0
     scores: list[Score] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    lines: list[tuple[str, str]] = field(default_factory=list)  # id and text; of many processes, printed at the end
+    runs: list[tuple[str, list[str]]] = field(default_factory=list)  # id and nuclei for the CSV, likewise
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -71,21 +75,30 @@ def run(config: Config, args: argparse.Namespace) -> int:
     paths = args.checkpoint or [find_checkpoint(args.checkpoint_dir)]
     segmenter = load_segmenter(paths, config)
     print(f"Using {', '.join(str(path) for path in paths)} on {segmenter.device}")
-    records = choose_records(args, config, segmenter.saved)
-    records, slides = part_slides(records, args, config.valid.slide_size)
-    tally, folder, began = Tally(), args.output or Path("."), time.monotonic()
-    stream_slides(slides, segmenter, args, tally)
-    if slides and not records:
-        return 3 if tally.refused else 0
+    chosen = choose_records(args, config, segmenter.saved)
+    records, slides = part_slides(chosen, args, config.valid.slide_size)
     if args.iou and all(record.masks is None for record in records):
         raise ValueError("--iou: none of the images has masks to be scored against")
+    if records and parallel.world() > 1 and not any(getattr(args, name) for name in ("csv", "iou", "save", *WRITERS)):
+        raise ValueError(f"{parallel.world()} processes show no figures; say --save, --csv, or what else to write")
 
-    delivered = deliver(predict_all(records, segmenter, tally), segmenter.config, args, tally)
+    tally, folder, began = Tally(), args.output or Path("."), time.monotonic()
+    stream_slides(parallel.share(slides), segmenter, args, tally)
+    delivered = deliver(predict_all(parallel.share(records), segmenter, tally), segmenter.config, args, tally)
+    runs: Iterable[tuple[str, list[str]]]
+    runs = ((image_id, encode_rle(labels) if args.csv else []) for image_id, labels in delivered)
+    if parallel.world() > 1:
+        tally.runs.extend(runs)
+        tally = bring_together(parallel.to_main(tally), chosen)
+        runs = tally.runs
+        if not parallel.is_main():
+            return 0
+        print("".join(f"{line}\n" for _, line in tally.lines), end="")
     if args.csv:
-        write_csv(folder / "result.csv", delivered)
+        write_runs(folder / "result.csv", runs)
         print(f"{folder / 'result.csv'}: {tally.nuclei} nuclei in {tally.images} images")
     else:
-        deque(delivered, maxlen=0)
+        deque(runs, maxlen=0)
     if tally.scores:
         print(format_summary(summarize(tally.scores)))
     if args.iou:
@@ -95,6 +108,19 @@ def run(config: Config, args: argparse.Namespace) -> int:
     refused = f", {len(tally.refused)} refused" if tally.refused else ""
     print(f"{tally.images} images in {time.monotonic() - began:.1f} s{refused}")
     return 3 if tally.refused else 0
+
+
+def bring_together(tallies: Sequence[Tally], records: Sequence[Record]) -> Tally:
+    """What many processes have come to, in the order of the images, as one would have done it."""
+    place = {record.id: number for number, record in enumerate(records)}
+    return Tally(
+        sum(tally.images for tally in tallies),
+        sum(tally.nuclei for tally in tallies),
+        sorted((score for tally in tallies for score in tally.scores), key=lambda score: place[score.id]),
+        sorted((name for tally in tallies for name in tally.refused), key=lambda name: place[name]),
+        sorted((line for tally in tallies for line in tally.lines), key=lambda line: place[line[0]]),
+        sorted((run for tally in tallies for run in tally.runs), key=lambda run: place[run[0]]),
+    )
 
 
 def choose_records(args: argparse.Namespace, config: Config, saved: Mapping[str, Any]) -> list[Record]:
@@ -146,6 +172,8 @@ def stream_slides(slides: Sequence[Record], segmenter: Segmenter, args: argparse
             tally.refused.append(record.id)
             print(f"refused: {error}", file=sys.stderr)
             continue
+        tally.images += 1
+        tally.nuclei += found.nuclei
         earlier = f", {found.done} of them done before" if found.done else ""
         print(
             f"{' and '.join(map(str, found.files))}: {found.nuclei} nuclei in {slide.shape[0]} x {slide.shape[1]} "
@@ -155,7 +183,7 @@ def stream_slides(slides: Sequence[Record], segmenter: Segmenter, args: argparse
 
 def predict_all(records: Sequence[Record], segmenter: Segmenter, tally: Tally) -> Iterator[Result]:
     """Predict image by image; one that cannot be used is named and passed over."""
-    for record in tqdm(records, "predicting", disable=None):
+    for record in tqdm(records, "predicting", disable=parallel.bar_off()):
         try:
             if record.problem:
                 raise ImageError(record.problem)
@@ -185,7 +213,11 @@ def deliver(
             score = (
                 "" if result.score is None else f"  mAP {result.score.mean_precision:.4f}  IoU {result.score.iou:.4f}"
             )
-            tqdm.write(f"{result.record.id}  {result.labels.max(initial=0)} nuclei{score}")
+            line = f"{result.record.id}  {result.labels.max(initial=0)} nuclei{score}"
+            if parallel.world() > 1:
+                tally.lines.append((result.record.id, line))
+            else:
+                tqdm.write(line)
         for name in writers:
             WRITERS[name](folder, result.record.id, result.labels)
         if drawing:
@@ -236,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(
             f"--{name}", action="store_true", help=f"write {str(write.__doc__).splitlines()[0].rstrip('.')}"
         )
-    return run_script(run, parser, argv)
+    return run_script(run, parser, argv, many=True)
 
 
 if __name__ == "__main__":

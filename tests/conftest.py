@@ -22,6 +22,15 @@ def nuclei_data() -> Path:
     return Path(folder)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What only a GPU can show skips where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU of CUDA")
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """Work in an empty folder, where no config.ini of a developer lies."""

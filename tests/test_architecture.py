@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("columns", "config", "files", "labels", "light", "network"),
+    ("columns", "config", "files", "labels", "light", "network", "parallel"),
     ("candidate", "collage", "color", "stain"),
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",

@@ -279,3 +279,45 @@ def test_real_images_become_batches(nuclei_data, tmp_path):
         assert dataset.sample(index).labels.max() == len(record.masks)
     (batch,) = Loader(dataset, len(records), 1).epoch(0)
     assert batch["image"].shape == (len(records), 3, 32, 32)
+
+
+# Parts of a step
+
+
+@pytest.mark.parametrize(
+    ("n", "n_batch", "accumulate", "world"), [(7, 3, 1, 2), (20, 8, 2, 3), (5, 10, 1, 4), (9, 4, 4, 1)]
+)
+def test_processes_have_each_image_once(n, n_batch, accumulate, world):
+    loaders = [Loader(Stub(n), n_batch, 0, accumulate, (rank, world)) for rank in range(world)]
+    steps = [loader.steps() for loader in loaders]
+    assert {len(mine) for mine in steps} == {len(loaders[0])} == {-(-n // n_batch)}
+    assert all(len(pieces) == accumulate for mine in steps for pieces in mine)
+    for i, whole in enumerate(Loader(Stub(n), n_batch, 0).steps()):
+        pieces = [piece for mine in steps for piece in mine[i]]
+        assert [place for piece in pieces if piece.n for place in piece.positions] == list(whole[0].positions)
+        assert sum(piece.n for piece in pieces) == whole[0].n == pieces[0].n_step
+        counts = [piece.n for piece in pieces]
+        assert max(counts) - min(counts) <= 1
+        assert all(len(piece.positions) == max(piece.n, 1) for piece in pieces)
+
+
+@pytest.mark.parametrize("n_worker", [0, 2])
+def test_parts_hold_the_items_that_one_process_has(folder, records, n_worker):
+    dataset = build(folder, records)
+    whole = list(Loader(dataset, 4, 0).epoch(2))
+    parts = [iter(list(Loader(dataset, 4, n_worker, 2, (rank, 2)).epoch(2))) for rank in (0, 1)]
+    for batch in whole[:1]:  # the second step is short
+        images = torch.cat([next(mine)["image"] for mine in parts for _ in range(2)])
+        assert torch.equal(images, batch["image"])
+
+
+def test_a_step_has_an_image_for_each_part():
+    Loader(Stub(9), 4, 0, 2, (0, 2))
+    with pytest.raises(ValueError, match=r"n_batch = 3: wanted at least 4, an image for each of 2 processes, 2 times"):
+        Loader(Stub(9), 3, 0, 2, (0, 2))
+
+
+@pytest.mark.gpu
+def test_batches_are_pinned_for_a_gpu(folder, records):
+    (batch,) = Loader(build(folder, records), len(records), 1, pin=True).epoch(0)
+    assert all(value.is_pinned() for value in batch.values())

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+import parallel
 from config import Config, Train
 from dataset import Loader, NucleiDataset, open_cache
 from helper import load_checkpoint, read_current
@@ -26,8 +27,12 @@ from trainer import (
     Meters,
     Span,
     Trainer,
+    adapt,
+    autotuned_convolutions,
+    count_pixels,
     group_parameters,
     log_graph,
+    norm_statistics,
     pick_rules,
     plan_span,
     sum_losses,
@@ -69,7 +74,7 @@ def make(folder: Path, out: Path, config: Config, evaluate=None, seed: int = 0, 
     model = build_model(config.param.model, **options)
     cache = open_cache(config, folder)
     dataset = NucleiDataset(find_records(folder / "train"), cache, config, model.heads)
-    batches = loader(dataset, config.train.n_batch, config.train.n_worker)
+    batches = loader(dataset, config.train.n_batch, config.train.n_worker, config.train.accumulate)
     return Trainer(model, batches, config, out, CPU, torch.float32, evaluate)
 
 
@@ -222,14 +227,22 @@ def test_a_loss_that_is_not_finite_names_its_head(value):
         sum_losses({**losses, "contour/dice": torch.tensor(value)})
 
 
-def test_meters_of_a_step():
-    meters = Meters({"semantic": None})
+def test_pixels_of_a_batch():
     truth = torch.tensor([1.0, 1.0, 0.0, 0.0]).view(1, 1, 2, 2)
-    meters.update(0.5, {"semantic": torch.tensor([3.0, -3.0, 3.0, -3.0]).view(1, 1, 2, 2)}, {"semantic": truth}, 1)
-    meters.update(0.2, {"semantic": 2 * truth - 1}, {"semantic": truth}, 3)
+    assert count_pixels(torch.tensor([3.0, -3.0, 3.0, -3.0]).view(1, 1, 2, 2), truth).tolist() == [1, 3]
+    assert count_pixels(2 * truth - 1, truth).tolist() == [2, 2]
+    colors = torch.stack([truth[0, 0] - 2, truth[0, 0] - 0.5])[None]  # nothing of the first, all of the second
+    assert count_pixels(colors, 7 * truth).tolist() == [2, 2]
+    assert count_pixels(-1 - truth, 0 * truth).tolist() == [0, 0]
+
+
+def test_meters_of_two_steps():
+    meters = Meters({"semantic": None})
+    meters.note(torch.tensor([1, 0.5, 1, 3]))
+    meters.note(torch.tensor([3, 0.6, 2, 2]))
     meters.tick(0.25)
-    assert meters.means() == pytest.approx({"loss": 0.275, "iou/semantic": (1 / 3 + 3) / 4})
-    line = meters.line(3, 7, 20)
+    assert meters.settle().means() == pytest.approx({"loss": 0.275, "iou/semantic": (1 / 3 + 3) / 4})
+    line = meters.settle().line(3, 7, 20)
     assert line.startswith("Epoch: [3][7/20]    Time: ")
     assert "(io: 0.250)" in line
     assert line.endswith("Loss: 0.2000 (0.2750)    IoU(Semantic): 1.000 (0.833)")
@@ -459,6 +472,88 @@ def test_the_graph_of_a_network_is_logged(name, part, tmp_path):
     assert any(part in node.name for node in events.Graph().node)
 
 
+# Options of a step
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.2])
+def test_a_step_of_smaller_batches_is_the_large_step(folder, tmp_path, clip_norm):
+    """Where no norm looks at the rest of the batch; in double precision, or Adam would make steps of rounding."""
+    trainers, logs = [], []
+    for accumulate in (1, 3):
+        train = {"n_batch": 3, "accumulate": accumulate, "clip_norm": clip_norm}
+        config = settings(train=train, loss={"semantic": "bce + dice"})
+        trainer, log = make(folder, tmp_path / str(accumulate), config, norm="group"), Log()
+        trainer.model.double()
+        trainer.average.double()
+        trainer.span = Span(0, 2)
+        trainer.run(log)
+        trainers.append(trainer)
+        logs.append(log.scalars)
+    one, three = (trainer.state() for trainer in trainers)
+    assert one["step"] == three["step"] == 4  # of 3 images and 1, for which two of three batches stand in
+    for part in ("weights", "average"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(three[part][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    for tag, values in logs[0].items():
+        assert [value for _, value in logs[1][tag]] == pytest.approx([value for _, value in values], rel=1e-5), tag
+
+
+@pytest.mark.parametrize("name", ["unet", "maskrcnn"])
+def test_a_compiled_network_learns_the_same_under_the_same_names(name, folder, tmp_path, monkeypatch):
+    traced = []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend=backend))
+    states = []
+    for wanted in (False, True):
+        config = settings(default={"width": 64}, param={"model": name}, train={"compile": wanted})
+        trainer = make(folder, tmp_path / str(wanted), config)
+        trainer.span = Span(0, 1)
+        assert not traced
+        trainer.run(Log())
+        states.append(load_checkpoint(tmp_path / str(wanted) / "latest.pkl"))
+    assert traced
+    plain, compiled = states
+    assert compiled["weights"].keys() == plain["weights"].keys()
+    for part in ("weights", "average"):
+        for key, value in plain[part].items():
+            torch.testing.assert_close(compiled[part][key], value, msg=key)
+    load_model(compiled)
+
+
+def test_norms_over_processes_want_gpus(monkeypatch):
+    train = Train(sync_batchnorm=True)
+    model = build_model("unet")
+    assert adapt(model, train, CPU) is model
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    with pytest.raises(ValueError, match="sync_batchnorm = True: PyTorch has it on GPUs, this is cpu"):
+        adapt(model, train, CPU)
+    names = list(model.state_dict())
+    synced = adapt(model, train, torch.device("cuda"))  # which is not asked for anything yet
+    assert any(isinstance(part, nn.SyncBatchNorm) for part in synced.modules())
+    assert list(synced.state_dict()) == names
+
+
+def test_the_statistics_of_norms_are_found():
+    model = build_model("unet")
+    buffers = dict(model.named_buffers())
+    found = norm_statistics(model)
+    assert len(found) == sum(name.endswith(("running_mean", "running_var")) for name in buffers) > 0
+    assert all(any(value is buffer for buffer in buffers.values()) for value in found)
+    assert norm_statistics(build_model("unet", norm="group")) == []
+
+
+def test_convolutions_are_tuned_for_a_while():
+    before = torch.backends.cudnn.benchmark
+    with autotuned_convolutions():
+        assert torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark == before
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["camunet", "lite_camunet", "colorunet", "dcan", "msdnet", "maskrcnn"])
@@ -471,3 +566,18 @@ def test_every_family_trains_and_predicts_on_a_gpu(name, precision, folder, tmp_
     trainer.run(Log())
     labels = Segmenter([trainer.average], config, device, precision)(np.zeros((50, 70, 3), np.uint8))
     assert labels.shape == (50, 70)
+
+
+@pytest.mark.gpu
+def test_a_gradient_beyond_float16_is_passed_over_on_a_gpu(folder, tmp_path):
+    """The scaler finds it, leaves the weights alone and scales less."""
+    device = torch.device("cuda")
+    config = settings(train={"accumulate": 2})
+    loader = make(folder, tmp_path, config).loader
+    trainer = Trainer(place(build_model("unet"), device), loader, config, tmp_path, device, torch.float16)
+    trainer.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.span = Span(0, 1)
+    trainer.run(Log())
+    assert trainer.scaler.get_scale() < 2.0**40
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
