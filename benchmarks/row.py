@@ -52,7 +52,7 @@ class Row:
     wanted_library : float
         Least time of the fastest library over ours.
     library_same : float, optional
-        Least share for the libraries, where they may differ from ours for a reason.
+        Least share for the libraries, where they may differ from ours for a reason; 0: not compared.
     floor : Floor
     cores : int
         1, or 0 for all.
@@ -131,7 +131,8 @@ def measure(name: str, row: Row, machine: Machine, least: float = 2.0) -> Result
             seconds[key] = min(seconds[key], time.perf_counter() - start)
         n += 1
     use_cores(machine.cores)
-    shares = {key: float(row.agree(answer, answers["ours"])) for key, answer in answers.items() if key != "ours"}
+    told = [key for key in jobs if key != "ours" and not (key in row.libraries and row.library_same == 0)]
+    shares = {key: float(row.agree(answers[key], answers["ours"])) for key in told}
     return Result(name, row, seconds, shares, row.floor.seconds(machine.one_core if row.cores else machine))
 
 

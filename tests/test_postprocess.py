@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import ndimage as ndi
-from skimage.segmentation import random_walker
 
+from benchmarks import plain
 from config import Post
 from labels import color
 from metric import average_precision
@@ -176,7 +176,7 @@ def test_walker_equals_scikit_image(seed):
     contested = np.isin(blobs, 1 + np.flatnonzero(np.array(count) >= 2))
     assert contested.sum() > 200
     markers = ndi.label(seeds & contested)[0].astype(np.int32)  # without gaps, as scikit-image numbers its answer
-    theirs = random_walker(probs["semantic"].astype(np.float64), np.where(contested, markers, -1), beta=130, mode="bf")
+    theirs = plain.walk(probs["semantic"], contested, markers)
     ours = separate_walker(mask, markers, probs)
     assert np.mean(ours[contested] == theirs[contested]) > 0.999  # ties may fall either way
 
