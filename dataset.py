@@ -6,9 +6,7 @@ threads make needs no shared memory, no pickling and no copy between processes.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from config import Config
 from image import Cache
 from labels import fill_holes, relabel, remove_small, typical_diameter
 from loss import parse_terms
+from pipeline import ordered
 from record import Record, balance_weights
 from target import make_targets, plan_targets
 from transform import Sample, build_transform
@@ -158,20 +157,7 @@ class Loader:
         def make(chunk: range) -> Batch:
             return collate([self.dataset.item(order[position], epoch, position) for position in chunk])
 
-        if self.n_worker == 0:
-            yield from map(make, chunks)
-            return
-        pool = ThreadPoolExecutor(self.n_worker, thread_name_prefix="loader")
-        try:
-            ahead = self.n_worker + 1
-            waiting = deque(pool.submit(make, chunk) for chunk in chunks[:ahead])
-            for i in range(len(chunks)):
-                batch = waiting.popleft().result()
-                if i + ahead < len(chunks):
-                    waiting.append(pool.submit(make, chunks[i + ahead]))
-                yield batch
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        yield from ordered(make, chunks, self.n_worker)
 
 
 def build_loader(records: Sequence[Record], cache: Cache, config: Config, heads: tuple[str, ...]) -> Loader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,16 @@ class Segmenter:
     def predict(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
         """The instances of an (H, W, 3) uint8 image, (H, W) int32, and the maps they were read off, as `probs` gives
         them; those of a detector are how sure it is that something is a nucleus."""
+        probs, finish = self.begin(image)
+        return finish(), probs
+
+    def begin(self, image: NDArray[np.uint8]) -> tuple[dict[str, NDArray[np.float32]], Callable[[], NDArray[np.int32]]]:
+        """The maps of `predict`, and what gives its instances: work without a network, which any thread may do."""
         if isinstance(self.networks[0], MaskRCNN):
-            return self._detect(image, self.networks[0])
+            labels, probs = self._detect(image, self.networks[0])
+            return probs, lambda: labels
         probs = self.probs(image)
-        return self.separate(probs), probs
+        return probs, lambda: self.separate(probs)
 
     def _detect(
         self, image: NDArray[np.uint8], network: MaskRCNN
