@@ -39,5 +39,6 @@ def same_nuclei(a: NDArray[np.integer], b: NDArray[np.integer], iou: float = 0.8
     return found.tp / total if total else 1.0
 
 
-def mean_of(shares: Sequence[float], weights: Sequence[float]) -> float:
+def mean_of(shares: Sequence[Any], weights: Sequence[Any]) -> float:
+    """The mean, weighted; 1 where nothing weighs."""
     return float(np.average(shares, weights=weights)) if sum(weights) else 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -47,7 +48,7 @@ def _measure(cores: int) -> Machine:
     peaks = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(1536, 1536, dtype=dtype), torch.ones(1536, 1536, dtype=dtype)
-        peaks[dtype] = 2 * 1536**3 / _least(lambda a=a, b=b: a @ b)
+        peaks[dtype] = 2 * 1536**3 / _least(partial(torch.matmul, a, b))
     return Machine(cores, bandwidth, peaks)
 
 

@@ -83,9 +83,17 @@ def average_precision(true: Labels, pred: Labels, thresholds: Sequence[float] | 
 
 
 def walk(semantic: NDArray[np.float32], mask: NDArray[np.bool_], markers: Labels, mode: str = "bf") -> Labels:
-    """The random walker of scikit-image on the whole image; markers are numbered without gaps, blobs have one each."""
-    seeds = np.where(mask, markers, -1)
-    return segmentation.random_walker(semantic.astype(np.float64), seeds, beta=WALKER_BETA, mode=mode)
+    """The random walker of scikit-image on the whole image; every blob has a marker.
+
+    A blob of one pixel is kept from it: it leaves such a pixel out of its graph but not out of the answer, all of which
+    is then shifted (as of scikit-image 0.26).
+    """
+    blobs = measure.label(mask, connectivity=1)
+    alone = mask & (np.bincount(blobs.ravel()) == 1)[blobs]
+    seeds = np.where(mask & ~alone, markers, -1)
+    found = segmentation.random_walker(semantic.astype(np.float64), seeds, beta=WALKER_BETA, mode=mode)
+    numbers = np.append(0, np.unique(seeds[seeds > 0]))  # it numbers its answer without gaps
+    return np.where(alone, markers, numbers[np.maximum(found, 0)])
 
 
 def flood(elevation: NDArray[np.float32], markers: Labels, mask: NDArray[np.bool_]) -> Labels:
@@ -112,7 +120,7 @@ def separate(probs: Probs, thresholds: Mapping[str, float], min_size: int, polic
     lonely = np.setdiff1d(np.unique(blobs), np.append(blobs[markers > 0], 0))
     markers = measure.label(np.where(np.isin(blobs, lonely), -1, markers), background=0, connectivity=1)
     if policy == "rw":
-        labels = np.maximum(walk(probs["semantic"], mask, markers), 0) if markers.max(initial=0) else markers
+        labels = walk(probs["semantic"], mask, markers) if markers.max(initial=0) else markers
     else:
         labels = flood(probs["contour"] - probs["semantic"], markers, mask)
     return clean(labels, min_size)

@@ -99,7 +99,7 @@ def _plain_probs(image: NDArray[np.uint8], network: nn.Module) -> Probs:
         view = np.ascontiguousarray(np.flip(padded, axes).transpose(2, 0, 1)[None])
         for head, logits in network(torch.from_numpy(view)).items():
             probs = np.flip(torch.sigmoid(logits[0, 0]).numpy(), axes)
-            total[head] = total.get(head, np.float32(0)) + probs / 4
+            total[head] = (total[head] if head in total else 0) + probs / 4
     return {head: maps[BORDER : BORDER + height, BORDER : BORDER + width] for head, maps in total.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -60,11 +60,11 @@ def cache(inputs: Inputs) -> Row:
     )
 
 
-def _n_masks(records: list[Record]) -> int:
+def _n_masks(records: Sequence[Record]) -> int:
     return sum(len(masks_of(record)) for record in records)
 
 
-def _floor(records: list[Record], n_masks: int = 0) -> Floor:
+def _floor(records: Sequence[Record], n_masks: int = 0) -> Floor:
     """Every image (3 bytes a pixel) and label map (4) is written, and every mask (1) written and read."""
     sizes = [np.prod(Image.open(record.image).size) for record in records]
     masks = [len(masks_of(record)) if n_masks else 0 for record in records]

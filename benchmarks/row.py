@@ -90,7 +90,7 @@ class Result:
     @property
     def best_library(self) -> str:
         """The fastest; empty where there is none."""
-        return min((name for name in self.seconds if name in self.row.libraries), key=self.seconds.get, default="")
+        return min((name for name in self.seconds if name in self.row.libraries), key=self.ratio, default="")
 
     def ratio(self, name: str) -> float:
         """How many times longer `name` takes than we do."""

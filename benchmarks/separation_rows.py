@@ -72,7 +72,7 @@ def _task(maps: Maps) -> tuple[np.ndarray, np.ndarray, Labels, np.ndarray]:
 
 
 def _areas(labels: Sequence[Labels]) -> list[int]:
-    return [np.count_nonzero(each) for each in labels]
+    return [int(np.count_nonzero(each)) for each in labels]
 
 
 def _sizes(maps: Sequence[Maps]) -> str:

@@ -181,6 +181,30 @@ def test_walker_equals_scikit_image(seed):
     assert np.mean(ours[contested] == theirs[contested]) > 0.999  # ties may fall either way
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_watershed_equals_scikit_image(seed):
+    probs = random_probs(seed, scale=2.0)
+    mask = probs["semantic"] > 0.4
+    markers = np.where(
+        np.random.default_rng(seed).random(mask.shape) < 0.05, np.arange(mask.size).reshape(mask.shape), 0
+    )
+    markers = ndi.grey_dilation(markers, (1 + seed % 2, 2)).astype(np.int32)  # outside the mask, too
+    elevation = probs["contour"] - probs["semantic"]
+    found = POLICIES["ws"](mask, markers, {"semantic": -elevation})
+    assert np.array_equal(found, plain.flood(elevation, markers, mask))
+    assert len(np.unique(found)) > 20
+
+
+def test_walker_leaves_pixels_without_a_marker_alone_and_takes_lone_ones():
+    mask = np.zeros((9, 30), bool)
+    mask[1, 1] = mask[1, 4] = mask[4:7, 2:28] = True
+    markers = np.zeros(mask.shape, np.int32)
+    markers[1, 1], markers[5, 3], markers[5, 26], markers[0, 0] = 9, 4, 2, 7
+    found = separate_walker(mask, markers, flat(mask))
+    assert found[1, 1] == 9 and found[1, 4] == 0 and found[0, 0] == 0
+    assert (found[4:7, 2:15] == 4).all() and (found[4:7, 15:28] == 2).all()
+
+
 @every_policy
 def test_without_segmentation_blobs_stay_whole(policy):
     labels = disks((14, 14), (14, 30), (14, 54), radius=9)
