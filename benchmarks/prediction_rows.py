@@ -94,13 +94,13 @@ def _plain_probs(image: NDArray[np.uint8], network: nn.Module) -> Probs:
     """The mean of the image, its two mirror images, and both mirrored."""
     height, width = image.shape[:2]
     padded = np.pad(image, ((BORDER, BORDER + -height % 32), (BORDER, BORDER + -width % 32), (0, 0)), mode="reflect")
-    total: Probs = {}
+    seen: dict[str, list[NDArray[np.float32]]] = {}
     for axes in ((), (0,), (1,), (0, 1)):
         view = np.ascontiguousarray(np.flip(padded, axes).transpose(2, 0, 1)[None])
         for head, logits in network(torch.from_numpy(view)).items():
-            probs = np.flip(torch.sigmoid(logits[0, 0]).numpy(), axes)
-            total[head] = (total[head] if head in total else 0) + probs / 4
-    return {head: maps[BORDER : BORDER + height, BORDER : BORDER + width] for head, maps in total.items()}
+            seen.setdefault(head, []).append(np.flip(torch.sigmoid(logits[0, 0]).numpy(), axes))
+    inside = np.s_[BORDER : BORDER + height, BORDER : BORDER + width]
+    return {head: np.mean(maps, axis=0)[inside] for head, maps in seen.items()}
 
 
 def _operations_a_pixel() -> float:
