@@ -32,7 +32,7 @@ bench: .venv/compared
 	$(BIN)/python -m benchmarks $(BENCH)
 
 lint: .venv/installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy *.py
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy *.py benchmarks
 
 clean:
 	rm -rf data/demo checkpoint/demo .pytest_cache .mypy_cache .ruff_cache
