@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("collage", "color", "config", "files", "labels", "network", "pipeline", "stain"),
+    ("collage", "color", "config", "files", "labels", "network", "pipeline", "png", "stain"),
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
         "tile", "annotation", "synthetic", "footprint", "helper", "view",
@@ -40,6 +40,7 @@ WITHOUT_TORCH = (
     "collect",
     "audit",
     "pipeline",
+    "png",
 )
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
 every_room = pytest.mark.parametrize("room", ROOMS)
