@@ -92,19 +92,42 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
+def pick_precision(name: str, device: torch.device, networks: Sequence[nn.Module] = ()) -> torch.dtype:
     """The type of autocast.
 
-    `auto` is bfloat16 on a GPU that computes in it, float16 on other GPUs of CUDA, and on a CPU bfloat16 where a
-    convolution is clearly faster in it (many CPUs have the instructions and gain nothing by them), else float32.
+    `auto` is bfloat16 on a GPU that computes in it, float16 on other GPUs of CUDA, and on a CPU bfloat16 where the
+    networks, or a typical convolution, are clearly faster in it, else float32: many CPUs have the instructions and gain
+    nothing by them, and where plain convolutions gain, depthwise ones may lose.
     """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and 1.2 * _convolution_time(torch.bfloat16) < _convolution_time(torch.float32):
+    if device.type == "cpu" and 1.2 * _time(torch.bfloat16, networks) < _time(torch.float32, networks):
         return torch.bfloat16
     return torch.float32
+
+
+def _time(precision: torch.dtype, networks: Sequence[nn.Module]) -> float:
+    """Seconds on the CPU: a look of each network at a small image, or a convolution where there is none."""
+    return sum(_look_time(network, precision) for network in networks) if networks else _convolution_time(precision)
+
+
+@torch.inference_mode()
+def _look_time(network: nn.Module, precision: torch.dtype) -> float:
+    """Seconds that a network needs for a small image, as it is used; the least of a few."""
+    image = torch.zeros(1, 3, 160, 160, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    times = []
+    for _ in range(4):
+        began = time.perf_counter()
+        with autocast(torch.device("cpu"), precision):
+            network(image)
+        times.append(time.perf_counter() - began)
+    for module in training:
+        module.training = True
+    return min(times)
 
 
 def _convolution_time(precision: torch.dtype) -> float:

@@ -167,7 +167,7 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
             network.active = ("contour",)  # all that it has learned; the others know the rest
         elif not other.contour.detect:
             network.active = tuple(head for head in network.heads if head != "contour")
-    precision = pick_precision(config.train.precision, device)
+    precision = pick_precision(config.train.precision, device, networks)
     return Segmenter(networks, config, device, precision, checkpoints[0]["config"], known_by)
 
 

@@ -67,7 +67,7 @@ def step(inputs: Inputs) -> Row:
     config, loader = _loader(inputs, n_steps=1)
     once = Repeated(loader, 1)
     network = build_model(MODEL)
-    precision = pick_precision("auto", CPU)
+    precision = pick_precision("auto", CPU, [place(copy.deepcopy(network), CPU)])
     wanted = 2.2 if inputs.machine.has_bfloat16 else 0.0
     name = str(precision).removeprefix("torch.")
     return Row(
@@ -87,7 +87,7 @@ def step(inputs: Inputs) -> Row:
 def rate(inputs: Inputs) -> Row:
     config, loader = _loader(inputs, N_RATE_STEPS)
     network = build_model(MODEL)
-    precision = pick_precision("auto", CPU)
+    precision = pick_precision("auto", CPU, [place(copy.deepcopy(network), CPU)])
     return Row(
         f"{N_RATE_STEPS} training steps of {MODEL} from cached images, against as many on a batch that is there",
         plain=_training(copy.deepcopy(network), Repeated(loader, N_RATE_STEPS), config, precision),

@@ -269,6 +269,21 @@ def test_precision(monkeypatch):
     assert pick_precision("auto", torch.device("mps")) == torch.float32
 
 
+def test_precision_is_what_the_network_itself_is_faster_in(monkeypatch):
+    network = torch.nn.Sequential(torch.nn.Identity(), torch.nn.BatchNorm2d(3))
+    network[0].eval()
+    seen = []
+    network.forward = lambda image: seen.append((image.dtype, network[1].training))
+    pick_precision("auto", CPU, [network])
+    assert set(seen) == {(torch.uint8, False)}
+    assert [module.training for module in network.modules()] == [True, False, True]
+    times = {torch.float32: 1.0, torch.bfloat16: 0.5}
+    monkeypatch.setattr(helper, "_convolution_time", times.get)
+    monkeypatch.setattr(helper, "_look_time", lambda network, precision: 1 / times[precision])
+    assert pick_precision("auto", CPU, [network]) == torch.float32
+    assert pick_precision("auto", CPU) == torch.bfloat16
+
+
 def test_autocast_is_off_for_float32():
     a = torch.ones(2, 2)
     with autocast(CPU, torch.float32):
