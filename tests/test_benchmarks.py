@@ -8,9 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import agree, inputs, label_rows, plain, reading_rows, sample_rows, separation_rows, table
+from benchmarks import (
+    agree,
+    inputs,
+    label_rows,
+    plain,
+    prediction_rows,
+    reading_rows,
+    sample_rows,
+    separation_rows,
+    table,
+    training_rows,
+)
 from benchmarks.machine import Machine
 from benchmarks.row import Floor, Row, measure, optional
+from config import load_config
 
 MACHINE = Machine(1, 1e9, {torch.float32: 1e9, torch.bfloat16: 1e9})
 
@@ -49,6 +61,19 @@ def test_contenders_agree(drawn, module, name):
     made = getattr(module, name)(drawn)
     shares = [made.agree(made.plain(), made.ours())]
     assert min(shares) >= made.same
+    assert made.floor.seconds(MACHINE) > 0
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(training_rows, "step"), (training_rows, "rate"), (prediction_rows, "predict")]
+)
+def test_contenders_with_networks_agree(tmp_path, monkeypatch, module, name):
+    monkeypatch.setattr(inputs, "DRAWN", {(64, 80): 2})
+    monkeypatch.delenv("NUCLEI_DATA", raising=False)
+    few = inputs.open_inputs(tmp_path, MACHINE)
+    few.__dict__["config"] = load_config(overrides=["train.n_batch=1", "DEFAULT.width=32"], folder=tmp_path)
+    made = getattr(module, name)(few)
+    assert made.agree(made.plain(), made.ours()) >= made.same
     assert made.floor.seconds(MACHINE) > 0
 
 
