@@ -5,6 +5,7 @@ They are the oracles of the tests and the first column of the table.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -91,7 +92,9 @@ def walk(semantic: NDArray[np.float32], mask: NDArray[np.bool_], markers: Labels
     blobs = measure.label(mask, connectivity=1)
     alone = mask & (np.bincount(blobs.ravel()) == 1)[blobs]
     seeds = np.where(mask & ~alone, markers, -1)
-    found = segmentation.random_walker(semantic.astype(np.float64), seeds, beta=WALKER_BETA, mode=mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of iterative modes: that they stop at a tolerance
+        found = segmentation.random_walker(semantic.astype(np.float64), seeds, beta=WALKER_BETA, mode=mode)
     numbers = np.append(0, np.unique(seeds[seeds > 0]))  # it numbers its answer without gaps
     return np.where(alone, markers, numbers[np.maximum(found, 0)])
 
