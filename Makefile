@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 DEMO = --data data/demo --checkpoint-dir checkpoint/demo
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint bench clean
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -22,8 +22,17 @@ test: .venv/installed
 slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow
 
+.venv/compared: .venv/installed benchmarks/requirements.txt
+	@while read -r line; do case "$$line" in ""|\#*) ;; *) \
+	    $(BIN)/pip install --quiet "$$line" || echo "not installed, its column stays empty: $$line" ;; esac; \
+	done < benchmarks/requirements.txt
+	touch $@
+
+bench: .venv/compared
+	$(BIN)/python -m benchmarks $(BENCH)
+
 lint: .venv/installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy *.py
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy *.py benchmarks
 
 clean:
 	rm -rf data/demo checkpoint/demo .pytest_cache .mypy_cache .ruff_cache

@@ -18,7 +18,7 @@ from scipy import ndimage as ndi
 from scipy.sparse import csr_array
 from skimage.segmentation import watershed
 
-from labels import overlap_table, typical_area
+from labels import components, overlap_table, typical_area
 
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.int32]
@@ -125,12 +125,13 @@ def grow_forest(mask: Mask, height: Map, elevation: Map) -> Forest:
     elevation : (H, W) float32
         What pixels between parts are flooded by, low first.
     """
-    blobs, n = ndi.label(mask)
+    blobs = components(mask)
+    n = int(blobs.max(initial=0))
     parent, birth, end = np.full(n, -1), np.zeros(n), np.zeros(n)
     owner = blobs - 1  # of each pixel the deepest candidate it belongs to
     for level in LEVELS:
-        parts, n = ndi.label(mask & (height > level))
-        if not n:
+        parts = components(mask & (height > level))
+        if not parts.any():
             break
         pixels = np.flatnonzero(parts)
         _, first, size = np.unique(parts.ravel()[pixels], return_index=True, return_counts=True)

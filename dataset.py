@@ -6,9 +6,7 @@ threads make needs no shared memory, no pickling and no copy between processes.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from config import Config
 from image import Cache
 from labels import fill_holes, relabel, remove_small, typical_diameter
 from loss import parse_terms
+from pipeline import ordered
 from record import Record, balance_weights
 from target import make_targets, plan_targets
 from transform import Sample, build_transform
@@ -220,20 +219,7 @@ class Loader:
             batch = collate([self.dataset.item(order[position], epoch, position) for position in piece.positions])
             return {name: value.pin_memory() for name, value in batch.items()} if self.pin else batch
 
-        if self.n_worker == 0:
-            yield from map(make, pieces)
-            return
-        pool = ThreadPoolExecutor(self.n_worker, thread_name_prefix="loader")
-        try:
-            ahead = self.n_worker + 1
-            waiting = deque(pool.submit(make, piece) for piece in pieces[:ahead])
-            for i in range(len(pieces)):
-                batch = waiting.popleft().result()
-                if i + ahead < len(pieces):
-                    waiting.append(pool.submit(make, pieces[i + ahead]))
-                yield batch
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        yield from ordered(make, pieces, self.n_worker)
 
 
 def build_loader(

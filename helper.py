@@ -111,22 +111,34 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
+def pick_precision(name: str, device: torch.device, networks: Sequence[nn.Module] = ()) -> torch.dtype:
     """The type of autocast.
 
     `auto` is bfloat16 on a GPU that computes in it, float16 on other GPUs of CUDA, and on a CPU bfloat16 where a
-    convolution is clearly faster in it (many CPUs have the instructions and gain nothing by them), else float32. Of
-    many processes the main one chooses for all: two that measure may find two answers.
+    convolution is clearly faster in it (many CPUs have the instructions and gain nothing by them) and the networks are
+    of plain convolutions (depthwise ones lose), else float32. Of many processes the main one chooses for all: two that
+    measure may find two answers.
     """
-    return getattr(torch, name) if name != "auto" else parallel.from_main(lambda: _fastest_precision(device))
+    return getattr(torch, name) if name != "auto" else parallel.from_main(lambda: _fastest_precision(device, networks))
 
 
-def _fastest_precision(device: torch.device) -> torch.dtype:
+def _fastest_precision(device: torch.device, networks: Sequence[nn.Module]) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and 1.2 * _convolution_time(torch.bfloat16) < _convolution_time(torch.float32):
+    if device.type == "cpu" and not any(_has_depthwise(network) for network in networks) and _gains_by_bfloat16():
         return torch.bfloat16
     return torch.float32
+
+
+def _has_depthwise(network: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in network.modules())
+
+
+def _gains_by_bfloat16() -> bool:
+    """In turn and by the least of several, so that other work on the machine does not decide."""
+    turns = [[_convolution_time(precision) for precision in (torch.bfloat16, torch.float32)] for _ in range(3)]
+    half, full = (min(times) for times in zip(*turns, strict=True))
+    return 1.2 * half < full
 
 
 def _convolution_time(precision: torch.dtype) -> float:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from files import replacing
 from labels import compose, relabel
+from png import decode_gray
 from stain import see
 
 logger = logging.getLogger(__name__)
@@ -281,7 +282,8 @@ def _decode(path: Path, colors: bool = True) -> Pixels:
         raise ImageError(f"{path}: empty file")
     try:
         if data.startswith(PNG_MAGIC) and (colors or data[25] != PNG_PALETTE):
-            array = imagecodecs.png_decode(data)
+            array = decode_gray(data)
+            array = imagecodecs.png_decode(data) if array is None else array
             return Pixels(array, array.ndim == 3 and array.shape[-1] in (2, 4))
         if data.startswith(TIFF_MAGIC):
             return _decode_tiff(path, data, colors)

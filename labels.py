@@ -151,6 +151,21 @@ def split_fragments(labels: Labels, connectivity: int = 1) -> NDArray[np.int32]:
     return pieces.astype(np.int32)
 
 
+def components(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Number the pieces of a mask whose pixels hang together by their sides.
+
+    Parameters
+    ----------
+    mask
+        (H, W) bool.
+
+    Returns
+    -------
+    (H, W) int32, pieces numbered 1..M in the order a row by row scan meets them.
+    """
+    return cv2.connectedComponents(np.ascontiguousarray(mask).view(np.uint8), connectivity=4, ltype=cv2.CV_32S)[1]
+
+
 def overlap_table(true: Labels, pred: Labels) -> NDArray[np.int64]:
     """Count the pixels shared by every id of one map and every id of another.
 
@@ -175,7 +190,7 @@ def overlap_table(true: Labels, pred: Labels) -> NDArray[np.int64]:
     if true.shape != pred.shape:
         raise ValueError(f"true labels: shape {true.shape}, predicted: {pred.shape}; are they of one image?")
     n_rows, n_columns = int(true.max(initial=0)) + 1, int(pred.max(initial=0)) + 1
-    pairs = true.ravel() * n_columns + pred.ravel()
+    pairs = true.ravel().astype(np.int64) * n_columns + pred.ravel()
     return np.bincount(pairs, minlength=n_rows * n_columns).reshape(n_rows, n_columns).astype(np.int64)
 
 
@@ -266,7 +281,7 @@ def adjacency(labels: Labels, radius: int = 1) -> NDArray[np.int32]:
     """
     if radius < 1:
         raise ValueError(f"radius: {radius}, wanted at least 1 pixel")
-    padded = np.pad(_checked(labels), radius)
+    padded = np.pad(_checked(labels).astype(np.int64), radius)
     here = np.flatnonzero(boundaries(padded))
     dy, dx = np.mgrid[-radius : radius + 1, -radius : radius + 1]
     steps = (dy * padded.shape[1] + dx).ravel()
@@ -378,17 +393,38 @@ def fill_holes(labels: Labels) -> NDArray[np.int32]:
         As for `relabel`.
     """
     framed = np.pad(_checked(labels), 1)  # the frame joins all background that reaches the border
-    pieces: NDArray[np.int_] = measure.label(framed == 0, connectivity=1)
-    n_pieces = int(pieces.max())
-    down, up, right, left = np.s_[1:], np.s_[:-1], np.s_[:, 1:], np.s_[:, :-1]
-    lowest, highest = np.full(n_pieces + 1, np.iinfo(np.int64).max), np.zeros(n_pieces + 1, np.int64)
-    for here, there in ((down, up), (up, down), (right, left), (left, right)):
-        touch = (pieces[here] > 0) & (framed[there] > 0)
-        np.minimum.at(lowest, pieces[here][touch], framed[there][touch])
-        np.maximum.at(highest, pieces[here][touch], framed[there][touch])
-    owner = np.where(lowest == highest, highest, 0)
-    owner[pieces[0, 0]] = 0
-    return (framed + owner[pieces])[1:-1, 1:-1].astype(np.int32)
+    pieces = components(framed == 0).ravel()
+    inner = np.flatnonzero(pieces > 1)  # the frame is scanned first
+    if inner.size:
+        width, flat = framed.shape[1], framed.ravel()
+        met = flat[inner[:, None] + np.array([-width, -1, 1, width])]
+        owner, _ = only_neighbours(met, pieces[inner], int(pieces.max()) + 1)
+        flat[inner] = owner[pieces[inner]]
+    return framed[1:-1, 1:-1].astype(np.int32)
+
+
+def only_neighbours(
+    met: Labels, piece: NDArray[np.integer[Any]], n_pieces: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Say of each piece of an image which nucleus it meets, where that is one alone.
+
+    Parameters
+    ----------
+    met
+        (n, k): the ids beside each pixel of the pieces, 0 for none.
+    piece
+        (n,): the piece of each pixel, below `n_pieces`.
+
+    Returns
+    -------
+    (n_pieces,) int64: the only id, 0 where there is none or several; and (n_pieces,) bool, whether there are several.
+    """
+    none = np.iinfo(np.int64).max
+    lowest, highest = np.full(n_pieces, none), np.zeros(n_pieces, np.int64)
+    some, beside = np.nonzero(met)
+    np.minimum.at(lowest, piece[some], met[some, beside].astype(np.int64))
+    np.maximum.at(highest, piece[some], met[some, beside].astype(np.int64))
+    return np.where(lowest == highest, highest, 0), lowest < highest
 
 
 def remove_fiber(labels: Labels, *, ratio: float = 5.0, eccentricity: float = 0.95) -> NDArray[np.int32]:
@@ -423,12 +459,12 @@ def remove_fiber(labels: Labels, *, ratio: float = 5.0, eccentricity: float = 0.
     return np.where(suspect & (region.eccentricity > eccentricity), 0, labels).astype(np.int32)
 
 
-def _checked(labels: Labels, highest: int = np.iinfo(np.int32).max) -> NDArray[np.int64]:
-    """Return `labels` as int64, or say why they are no label map with ids up to `highest`."""
+def _checked(labels: Labels, highest: int = np.iinfo(np.int32).max) -> NDArray[np.int32] | NDArray[np.int64]:
+    """Return `labels` as int32 where they are, else as int64, or say why they are no label map up to `highest`."""
     labels = np.asarray(labels)
     if labels.ndim != 2 or labels.dtype.kind not in "biu":
         raise ValueError(f"labels: {labels.dtype} of shape {labels.shape}, wanted integers (height, width)")
     low, high = int(labels.min(initial=0)), int(labels.max(initial=0))
     if low < 0 or high > highest:
         raise ValueError(f"labels: ids from {low} to {high}, wanted 0 (background) to {highest}")
-    return labels.astype(np.int64)
+    return labels.astype(np.int32, copy=False) if labels.dtype == np.int32 else labels.astype(np.int64)

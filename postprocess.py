@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage as ndi
-from scipy.sparse import coo_array, csc_array
+from scipy.sparse import csc_array
 from scipy.sparse.linalg import splu
 from skimage import measure
 from skimage.feature import peak_local_max
@@ -16,7 +16,7 @@ from skimage.segmentation import expand_labels, watershed
 
 from candidate import Forest, describe, grow_forest
 from config import Post, pick
-from labels import depth, fill_holes, relabel, remove_fiber, remove_small, typical_area
+from labels import components, depth, fill_holes, only_neighbours, relabel, remove_fiber, remove_small, typical_area
 
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.int32]
@@ -54,7 +54,7 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float], opinion
     """
     mask = _above(probs, thresholds, "semantic")
     if not post.segmentation:
-        return _finish(_components(mask), probs, post)
+        return _finish(components(mask), probs, post)
     source, policy = _choose(post, probs, opinion)
     if policy == "forest":
         return _finish(separate_forest(mask, probs, post, opinion), probs, post)
@@ -162,7 +162,7 @@ def separate_watershed(mask: Mask, markers: Labels, probs: Probs) -> Labels:
     (H, W) int32
         Every pixel of the mask that a marker reaches carries its label.
     """
-    return watershed(_elevation(probs), markers, mask=mask).astype(np.int32, copy=False)
+    return _flood(_elevation(probs), mask, markers)
 
 
 def _elevation(probs: Probs) -> NDArray[np.float32]:
@@ -180,29 +180,26 @@ def separate_color(mask: Mask, markers: Labels, probs: Probs) -> Labels:
     Parameters, Returns
         As `separate_watershed`.
     """
-    return watershed(-probs["semantic"] - _head(probs, "color").max(0), markers, mask=mask).astype(np.int32, copy=False)
+    return _flood(-probs["semantic"] - _head(probs, "color").max(0), mask, markers)
 
 
 def separate_walker(mask: Mask, markers: Labels, probs: Probs) -> Labels:
     """Each pixel goes to the marker that a random walker starting there reaches most probably.
 
-    Grady 2006 (doi:10.1109/TPAMI.2006.233), on the semantic probability. Components of the mask are independent of each
-    other, so each is solved by itself, and one with a single marker needs no solving.
+    Grady 2006 (doi:10.1109/TPAMI.2006.233), on the semantic probability. Gaps between markers (see `_Gaps`) do not know
+    of each other: only those that several markers want are solved, those of about as many markers together.
 
     Parameters, Returns
         As `separate_watershed`.
     """
-    blobs, _ = ndi.label(mask)
-    owner = _single_owner(blobs, markers)
-    labels = np.where(owner[blobs] > 0, owner[blobs], 0).astype(np.int32)
-    data = probs["semantic"]
-    scale = WALKER_BETA / (10 * float(data.std()) or 1.0)
-    boxes = ndi.find_objects(blobs)
-    for blob in np.flatnonzero(owner < 0):
-        box = boxes[blob - 1]
-        inside = blobs[box] == blob
-        labels[box][inside] = _walk(data[box], inside, markers[box], scale)
-    return labels
+    gaps = _Gaps(mask, markers)
+    semantic = probs["semantic"].astype(np.float64)
+    scale = WALKER_BETA / (10 * float(semantic.std()) or 1.0)
+    framed = np.pad(semantic, 1).ravel()
+    magnitude = np.frexp(np.bincount(gaps.pairs // gaps.n_ids))[1]  # 2 for 2 or 3 markers, 3 for up to 7, ...
+    for group in np.unique(magnitude):
+        _walk(gaps, framed, scale, magnitude == group)
+    return gaps.image
 
 
 def separate_forest(mask: Mask, probs: Probs, post: Post, opinion: Opinion | None) -> Labels:
@@ -265,7 +262,7 @@ POLICIES: dict[str, Callable[[Mask, Labels, Probs], Labels]] = {
 
 
 def _markers_from_marker(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
-    return _components(mask & (_less_contour(probs, post) > thresholds["marker"]))
+    return components(mask & (_less_contour(probs, post) > thresholds["marker"]))
 
 
 def _less_contour(probs: Probs, post: Post) -> NDArray[np.float32]:
@@ -277,11 +274,11 @@ def _less_contour(probs: Probs, post: Post) -> NDArray[np.float32]:
 
 
 def _markers_from_distance(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
-    return _components(mask & _above(probs, thresholds, "distance"))
+    return components(mask & _above(probs, thresholds, "distance"))
 
 
 def _markers_from_contour(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
-    return _components(mask & ~_above(probs, thresholds, "contour"))
+    return components(mask & ~_above(probs, thresholds, "contour"))
 
 
 def _markers_from_color(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
@@ -295,17 +292,17 @@ def _markers_from_color(mask: Mask, probs: Probs, post: Post, thresholds: Mappin
 def _markers_from_peaks(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
     """Peaks of the distance to the background, at least `seg_scale` times the typical diameter apart."""
     peaks = np.zeros(mask.shape, bool)
-    blobs, n_blobs = ndi.label(mask)
-    if not n_blobs:
-        return _components(peaks)
+    blobs = components(mask)
     sizes = np.sort(np.bincount(blobs.ravel())[1:])
-    typical = sizes[: max(1, round(post.seg_ratio * n_blobs))].mean()
+    if not sizes.size:
+        return components(peaks)
+    typical = sizes[: max(1, round(post.seg_ratio * sizes.size))].mean()
     apart = max(1, round(post.seg_scale * float(np.sqrt(typical))))
     # Smoothing joins the twin peaks of a flat ridge; the distance itself would make a marker of each.
     depth = ndi.gaussian_filter(ndi.distance_transform_edt(mask), 1.0) * mask
     found = peak_local_max(depth, min_distance=apart, labels=blobs, exclude_border=False)
     peaks[tuple(found.T)] = True
-    return _components(peaks)
+    return components(peaks)
 
 
 #: Where the markers of the nuclei come from; `auto` takes the first whose head is there.
@@ -320,8 +317,8 @@ MARKERS: dict[str, Callable[[Mask, Probs, Post, Mapping[str, float]], Labels]] =
 
 def _add_lonely(mask: Mask, markers: Labels) -> Labels:
     """A blob that no marker touches is a nucleus all the same, and becomes a marker."""
-    blobs, n_blobs = ndi.label(mask)
-    lonely = np.ones(n_blobs + 1, bool)
+    blobs = components(mask)
+    lonely = np.ones(int(blobs.max(initial=0)) + 1, bool)
     lonely[blobs[markers > 0]] = False
     lonely[0] = False
     return np.where(lonely[blobs], blobs + markers.max(initial=0), markers).astype(np.int32)
@@ -337,53 +334,114 @@ def _head(probs: Probs, head: str) -> NDArray[np.float32]:
     return probs[head]
 
 
-def _components(mask: Mask) -> Labels:
-    labels, _ = ndi.label(mask, output=np.int32)
-    return labels
+class _Gaps:
+    """What of a mask no marker covers, in pieces; a piece that meets one marker alone is that marker's at once.
+
+    Work on flat arrays with a frame of one pixel, so that every pixel has four neighbours.
+
+    Parameters
+    ----------
+    mask : (H, W) bool
+    markers : (H, W) int32
+        What of them lies outside the mask does not count.
+
+    Attributes
+    ----------
+    labels : ((H + 2) * (W + 2),) int32
+        Markers, and the pieces that meet one; 0 elsewhere.
+    pixels : (n,) int64
+        Where the pixels of contested pieces are in `labels`, in order.
+    piece : (n,) int64
+        Which contested piece each belongs to, from 0.
+    pairs : (k,) int64
+        Which markers each contested piece meets, as piece times `n_ids` plus marker, sorted.
+    n_ids : int
+        One more than the greatest marker.
+    beside : (4,) int64
+        Steps to the neighbours above, left, right and below.
+    """
+
+    def __init__(self, mask: Mask, markers: Labels) -> None:
+        self.shape = mask.shape[0] + 2, mask.shape[1] + 2
+        self.beside = np.array([-self.shape[1], -1, 1, self.shape[1]])
+        seeds = np.where(mask, markers, 0)
+        pieces = np.pad(components(mask & (seeds == 0)), 1).ravel()
+        self.labels = np.pad(seeds, 1).astype(np.int32).ravel()
+        pixels = np.flatnonzero(pieces)
+        n_pieces = int(pieces.max(initial=0)) + 1
+        owner, wanted = only_neighbours(self.labels[pixels[:, None] + self.beside], pieces[pixels], n_pieces)
+        self.labels[pixels] = owner[pieces[pixels]]
+        self.pixels = pixels[wanted[pieces[pixels]]]
+        self.piece = (np.cumsum(wanted) - 1)[pieces[self.pixels]]
+        met = self.labels[self.pixels[:, None] + self.beside]
+        some, which = np.nonzero(met)
+        self.n_ids = int(self.labels.max()) + 1
+        self.pairs = np.unique(self.piece[some] * self.n_ids + met[some, which])
+
+    @property
+    def image(self) -> Labels:
+        """The labels, (H, W) int32."""
+        return np.ascontiguousarray(self.labels.reshape(self.shape)[1:-1, 1:-1])
 
 
-def _single_owner(blobs: Labels, markers: Labels) -> NDArray[np.int64]:
-    """Of each blob the marker that is alone in it, 0 where there is none, -1 where there are several."""
-    n = int(blobs.max(initial=0)) + 1
-    inside = (blobs > 0) & (markers > 0)
-    pairs = np.unique(np.stack([blobs[inside], markers[inside]], axis=1), axis=0)
-    count = np.bincount(pairs[:, 0], minlength=n)
-    owner = np.zeros(n, np.int64)
-    owner[pairs[:, 0]] = pairs[:, 1]
-    return np.where(count > 1, -1, owner)
+def _flood(elevation: NDArray[np.floating], mask: Mask, markers: Labels) -> Labels:
+    """The watershed of scikit-image, which sees of the image no more than contested gaps and the markers' rims.
+
+    Gaps do not know of each other, so nothing changes but where rims of markers are equally high: their order in its
+    queue is left open.
+    """
+    gaps = _Gaps(mask, markers)
+    if not gaps.pixels.size:
+        return gaps.image
+    needed = np.zeros(gaps.labels.size, bool)
+    beside = gaps.pixels[:, None] + gaps.beside
+    needed[beside[gaps.labels[beside] > 0]] = True
+    seeds = np.where(needed, gaps.labels, 0)
+    needed[gaps.pixels] = True
+    flat = watershed(np.pad(elevation, 1), seeds.reshape(gaps.shape), mask=needed.reshape(gaps.shape)).ravel()
+    gaps.labels[gaps.pixels] = flat[gaps.pixels]
+    return gaps.image
 
 
-def _walk(data: NDArray[np.float32], inside: Mask, markers: Labels, scale: float) -> Labels:
-    """Labels of the pixels of one connected component, in row order, (n_pixels,) int32."""
-    index = np.full(inside.shape, -1)
-    index[inside] = np.arange(np.count_nonzero(inside))
-    seeds = markers[inside]
-    laplacian = _laplacian(data.astype(np.float64), index, scale)
-    free = seeds == 0
-    ids, which = np.unique(seeds[~free], return_inverse=True)
-    seeded = np.eye(len(ids))[which]
+def _walk(gaps: _Gaps, semantic: NDArray[np.float64], scale: float, chosen: Mask) -> None:
+    """Solve the chosen pieces, and write who wins into the labels."""
+    mine = chosen[gaps.piece]
+    pixels, piece = gaps.pixels[mine], gaps.piece[mine]
+    beside = pixels[:, None] + gaps.beside
+    row = np.full(gaps.labels.size, -1)
+    row[pixels] = np.arange(pixels.size)
+    seeds, neighbours = gaps.labels[beside], row[beside]
+    linked = (seeds > 0) | (neighbours >= 0)
+    step = semantic[pixels][:, None] - semantic[beside]
+    weights = np.where(linked, np.exp(-scale * step**2) + WALKER_FLOOR, 0)
+
+    # Each piece has its markers in columns of their own, from 0.
+    first = np.searchsorted(gaps.pairs, np.arange(len(chosen) + 1) * gaps.n_ids)
+    n_columns = int(np.diff(first)[chosen].max())
+    at, direction = np.nonzero(seeds)
+    column = np.searchsorted(gaps.pairs, piece[at] * gaps.n_ids + seeds[at, direction]) - first[piece[at]]
+    pull = np.bincount(at * n_columns + column, weights[at, direction], pixels.size * n_columns)
+
+    solver = splu(
+        _laplacian(neighbours, weights),
+        permc_spec="MMD_AT_PLUS_A",
+        diag_pivot_thresh=0.0,
+        options={"SymmetricMode": True},
+    )
     # The first marker's probability is one minus all others, and is not solved for.
-    rhs = -(laplacian[free][:, ~free] @ seeded[:, 1:])
-    labels = seeds.copy()
-    if free.any():
-        solved = splu(csc_array(laplacian[free][:, free])).solve(rhs)
-        chances = np.concatenate([1 - solved.sum(axis=1, keepdims=True), solved], axis=1)
-        labels[free] = ids[np.argmax(chances, axis=1)]
-    return labels
+    others = solver.solve(pull.reshape(-1, n_columns)[:, 1:])
+    chances = np.concatenate([1 - others.sum(axis=1, keepdims=True), others], axis=1)
+    gaps.labels[pixels] = gaps.pairs[first[piece] + chances.argmax(axis=1)] % gaps.n_ids
 
 
-def _laplacian(data: NDArray[np.float64], index: NDArray[np.int64], scale: float) -> csc_array:
-    """Graph Laplacian of the 4-neighbourhood of the pixels with an index."""
-    heads, tails, weights = [], [], []
-    for a, b in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
-        linked = (index[a] >= 0) & (index[b] >= 0)
-        heads.append(index[a][linked])
-        tails.append(index[b][linked])
-        weights.append(np.exp(-scale * (data[a][linked] - data[b][linked]) ** 2) + WALKER_FLOOR)
-    head, tail, weight = (np.concatenate(parts) for parts in (heads, tails, weights))
-    n = int(index.max()) + 1
-    i, j = np.concatenate([head, tail]), np.concatenate([tail, head])
-    degree = np.bincount(i, np.concatenate([weight, weight]), n)
-    rows, columns = np.concatenate([i, np.arange(n)]), np.concatenate([j, np.arange(n)])
-    values = np.concatenate([-weight, -weight, degree])
-    return csc_array(coo_array((values, (rows, columns)), shape=(n, n)))
+def _laplacian(neighbours: NDArray[np.int64], weights: NDArray[np.float64]) -> csc_array:
+    """What of the graph Laplacian links pixels without marker, from the rows and the weights of the four neighbours.
+
+    The rows of the pixels are in their order, as are above, left, itself, right, below: it is sorted as it is made.
+    """
+    n = len(neighbours)
+    rows = np.insert(neighbours, 2, np.arange(n), axis=1)
+    values = np.insert(-weights, 2, weights.sum(axis=1), axis=1)
+    kept = rows >= 0
+    ends = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
+    return csc_array((values[kept], rows[kept].astype(np.int32), ends.astype(np.int32)), shape=(n, n))

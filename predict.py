@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import lcm
@@ -69,10 +69,16 @@ class Segmenter:
     def predict(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
         """The instances of an (H, W, 3) uint8 image, (H, W) int32, and the maps they were read off, as `probs` gives
         them; those of a detector are how sure it is that something is a nucleus."""
+        probs, finish = self.begin(image)
+        return finish(), probs
+
+    def begin(self, image: NDArray[np.uint8]) -> tuple[dict[str, NDArray[np.float32]], Callable[[], NDArray[np.int32]]]:
+        """The maps of `predict`, and what gives its instances: work without a network, which any thread may do."""
         if isinstance(self.networks[0], MaskRCNN):
-            return self._detect(image, self.networks[0])
+            labels, probs = self._detect(image, self.networks[0])
+            return probs, lambda: labels
         probs = self.probs(image)
-        return self.separate(probs), probs
+        return probs, lambda: self.separate(probs)
 
     def _detect(
         self, image: NDArray[np.uint8], network: MaskRCNN
@@ -262,7 +268,7 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
             network.active = ("contour",)  # all that it has learned; the others know the rest
         elif not other.contour.detect:
             network.active = tuple(head for head in network.heads if head != "contour")
-    precision = pick_precision(config.train.precision, device)
+    precision = pick_precision(config.train.precision, device, networks)
     return Segmenter(networks, config, device, precision, checkpoints[0]["config"], known_by, opinion)
 
 

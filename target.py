@@ -80,14 +80,14 @@ class Geometry:
     @cached_property
     def relative_radius(self) -> FloatMap:
         """Distance to the own centroid over the radius of a disk of the same area; infinite in the background."""
-        ids = self.labels.ravel()
-        y, x = np.indices(self.labels.shape, np.float32)
+        away = np.full(self.labels.size, np.inf, np.float32)
+        pixels = np.flatnonzero(self.labels)
+        ids = self.labels.ravel()[pixels]
+        y, x = np.divmod(pixels, self.labels.shape[1])
         area = np.maximum(np.bincount(ids), 1)
-        center_y = np.bincount(ids, y.ravel()) / area
-        center_x = np.bincount(ids, x.ravel()) / area
-        scale = np.sqrt(np.pi / area)
-        away = np.hypot(y - center_y[self.labels], x - center_x[self.labels]) * scale[self.labels]
-        return np.where(self.inside, away, np.inf).astype(np.float32)
+        up, left = y - (np.bincount(ids, y) / area)[ids], x - (np.bincount(ids, x) / area)[ids]
+        away[pixels] = np.sqrt((up**2 + left**2) * (np.pi / area)[ids])
+        return away.reshape(self.labels.shape)
 
     @cached_property
     def class_balance(self) -> FloatMap:

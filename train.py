@@ -57,9 +57,9 @@ def run(config: Config, args: argparse.Namespace) -> int:
     state, restarted = parallel.from_main(lambda: _resume_state(args))
     config, changed = _inherit(config, args, state)
     device = pick_device(config.train.device)
-    precision = _pick_precision(config, device, state)
     torch.manual_seed(config.train.seed)
     model = place(build_model(config.param.model, **model_options(config)), device)
+    precision = _pick_precision(config, device, state, model)
     if state is None:
         fresh = _initialize(model, args.init) if args.init else list(model.state_dict())
         _load_encoder(model, config, fresh)
@@ -138,11 +138,11 @@ def _inherit(config: Config, args: argparse.Namespace, state: dict | None) -> tu
     return config, (before["n_epoch"], before["minutes"]) != (config.train.n_epoch, config.train.minutes)
 
 
-def _pick_precision(config: Config, device: torch.device, state: dict | None) -> torch.dtype:
+def _pick_precision(config: Config, device: torch.device, state: dict | None, model: Network) -> torch.dtype:
     """As `pick_precision`, but a run that is resumed on such a device keeps the one it found."""
     if state is not None and config.train.precision == "auto" and state["device"] == device.type:
         return getattr(torch, state["precision"])
-    return pick_precision(config.train.precision, device)
+    return pick_precision(config.train.precision, device, [model])
 
 
 def _read_all(

@@ -18,10 +18,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,7 @@ from config import SPLIT_KEYS, Config
 from division import load_split
 from helper import find_checkpoint, make_parser, prepare_process, run_script
 from image import ImageError, read_image, read_labels
+from pipeline import ordered
 from predict import Segmenter, load_segmenter
 from record import Record, filter_records, find_records, load_records
 from score import Score, format_errors, format_summary, score_image, summarize, write_scores
@@ -182,19 +184,47 @@ def stream_slides(slides: Sequence[Record], segmenter: Segmenter, args: argparse
 
 
 def predict_all(records: Sequence[Record], segmenter: Segmenter, tally: Tally) -> Iterator[Result]:
-    """Predict image by image; one that cannot be used is named and passed over."""
-    for record in tqdm(records, "predicting", disable=parallel.bar_off()):
-        try:
-            if record.problem:
-                raise ImageError(record.problem)
-            image = read_image(record.image, *segmenter.config.pre.policy)
-            truth = read_labels(record.masks, image.shape[:2]) if record.masks is not None else None
-        except ImageError as error:
-            tally.refused.append(record.id)
-            tqdm.write(f"refused: {error}", file=sys.stderr)
-            continue
-        labels, probs = segmenter.predict(image)
-        yield Result(record, image, probs, labels, truth)
+    """Predict image by image, in order; one that cannot be used is named and passed over.
+
+    While the network works on an image, threads read the next ones and separate the nuclei of those before.
+    """
+    n_worker, policy = segmenter.config.train.n_worker, segmenter.config.pre.policy
+    read = ordered(lambda record: _read(record, policy), records, n_worker)
+    seen = (item if isinstance(item, Refusal) else (*item, *segmenter.begin(item[1])) for item in read)
+    with closing(read), closing(ordered(_finish, seen, n_worker)) as finished:
+        for found in tqdm(finished, "predicting", len(records), disable=parallel.bar_off()):
+            if isinstance(found, Refusal):
+                tally.refused.append(found.id)
+                tqdm.write(f"refused: {found.reason}", file=sys.stderr)
+            else:
+                yield found
+
+
+class Refusal(NamedTuple):
+    """An image that cannot be used, and why."""
+
+    id: str
+    reason: str
+
+
+def _read(
+    record: Record, policy: Sequence[Any]
+) -> Refusal | tuple[Record, NDArray[np.uint8], NDArray[np.int32] | None]:
+    """The image and, where it is known, the truth."""
+    try:
+        if record.problem:
+            raise ImageError(record.problem)
+        image = read_image(record.image, *policy)
+        return record, image, read_labels(record.masks, image.shape[:2]) if record.masks is not None else None
+    except ImageError as error:
+        return Refusal(record.id, str(error))
+
+
+def _finish(item: Refusal | tuple) -> Refusal | Result:
+    if isinstance(item, Refusal):
+        return item
+    record, image, truth, probs, finish = item
+    return Result(record, image, probs, finish(), truth)
 
 
 def deliver(

@@ -13,6 +13,7 @@ import tifffile
 from PIL import Image
 
 import annotation
+from benchmarks import plain
 
 
 def scattered(n_nuclei: int, shape: tuple[int, int], seed: int) -> np.ndarray:
@@ -37,18 +38,6 @@ MAPS = {
     "over 255": np.arange(20 * 30, dtype=np.int32).reshape(20, 30) // 2,
 }
 every_map = pytest.mark.parametrize("labels", MAPS.values(), ids=MAPS.keys())
-
-
-def plain_encode(mask: np.ndarray) -> str:
-    """One nucleus, pixel by pixel, down the columns."""
-    words, previous = [], -2
-    for place, value in enumerate(mask.flatten(order="F")):
-        if value:
-            if place != previous + 1:
-                words += [place + 1, 0]
-            words[-1] += 1
-            previous = place
-    return " ".join(str(word) for word in words)
 
 
 def plain_decode(text: str, shape: tuple[int, int]) -> np.ndarray:
@@ -79,7 +68,8 @@ def test_encode_rle_goes_by_id_and_skips_gaps() -> None:
 @every_map
 def test_encode_rle_equals_one_scan_per_nucleus(labels: np.ndarray) -> None:
     runs = annotation.encode_rle(labels)
-    assert runs == [plain_encode(labels == number) for number in range(1, labels.max() + 1)]
+    assert runs == [plain.encode_mask(labels == number) for number in range(1, labels.max() + 1)]
+    assert runs == plain.scan_masks(labels)
     for number, text in enumerate(runs, start=1):
         assert np.array_equal(plain_decode(text, labels.shape), labels == number)
 

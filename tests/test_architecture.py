@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("columns", "config", "files", "labels", "light", "network", "parallel"),
+    ("columns", "config", "files", "labels", "light", "network", "parallel", "pipeline", "png"),
     ("candidate", "collage", "color", "stain"),
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
@@ -48,6 +48,8 @@ WITHOUT_TORCH = (
     "piece",
     "collect",
     "audit",
+    "pipeline",
+    "png",
 )
 ROOMS = sorted(path.stem for path in ROOT.glob("*.py"))
 every_room = pytest.mark.parametrize("room", ROOMS)

@@ -48,7 +48,7 @@ def equal(a, b):
 
 
 def loader_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
 
 
 # Items

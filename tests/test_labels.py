@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import cv2
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -117,6 +118,22 @@ def test_split_fragments_equals_one_component_search_per_id(labels: np.ndarray) 
 
 
 # overlap_table
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("n_threads", [1, 4])
+def test_components_are_numbered_as_scipy_does(share: float, n_threads: int) -> None:
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(n_threads)
+    try:
+        for shape in ((1, 1), (1, 50), (50, 1), (37, 64), (300, 200)):
+            mask = np.random.default_rng(shape[0]).random(shape) < share
+            found = room.components(mask)
+            assert found.dtype == np.int32
+            assert np.array_equal(found, ndimage.label(mask)[0])
+            assert np.array_equal(room.components(mask[::2, ::2]), ndimage.label(mask[::2, ::2])[0])
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_overlap_table_by_hand() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import ndimage as ndi
-from skimage.segmentation import random_walker
 
+from benchmarks import plain
 from candidate import FEATURES
 from config import Post
 from labels import color
@@ -177,9 +177,33 @@ def test_walker_equals_scikit_image(seed):
     contested = np.isin(blobs, 1 + np.flatnonzero(np.array(count) >= 2))
     assert contested.sum() > 200
     markers = ndi.label(seeds & contested)[0].astype(np.int32)  # without gaps, as scikit-image numbers its answer
-    theirs = random_walker(probs["semantic"].astype(np.float64), np.where(contested, markers, -1), beta=130, mode="bf")
+    theirs = plain.walk(probs["semantic"], contested, markers)
     ours = separate_walker(mask, markers, probs)
     assert np.mean(ours[contested] == theirs[contested]) > 0.999  # ties may fall either way
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_watershed_equals_scikit_image(seed):
+    probs = random_probs(seed, scale=2.0)
+    mask = probs["semantic"] > 0.4
+    markers = np.where(
+        np.random.default_rng(seed).random(mask.shape) < 0.05, np.arange(mask.size).reshape(mask.shape), 0
+    )
+    markers = ndi.grey_dilation(markers, (1 + seed % 2, 2)).astype(np.int32)  # outside the mask, too
+    elevation = probs["contour"] - probs["semantic"]
+    found = POLICIES["ws"](mask, markers, {"semantic": -elevation})
+    assert np.array_equal(found, plain.flood(elevation, markers, mask))
+    assert len(np.unique(found)) > 20
+
+
+def test_walker_leaves_pixels_without_a_marker_alone_and_takes_lone_ones():
+    mask = np.zeros((9, 30), bool)
+    mask[1, 1] = mask[1, 4] = mask[4:7, 2:28] = True
+    markers = np.zeros(mask.shape, np.int32)
+    markers[1, 1], markers[5, 3], markers[5, 26], markers[0, 0] = 9, 4, 2, 7
+    found = separate_walker(mask, markers, flat(mask))
+    assert found[1, 1] == 9 and found[1, 4] == 0 and found[0, 0] == 0
+    assert (found[4:7, 2:15] == 4).all() and (found[4:7, 15:28] == 2).all()
 
 
 @every_policy

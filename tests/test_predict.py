@@ -244,7 +244,9 @@ def test_segmenter_separates_bright_disks():
     left, right = (np.hypot(y - 20, x - center) <= 9 for center in (21, 37))
     image = np.where((left | right)[..., None], 255, 0).astype(np.uint8).repeat(3, axis=2)
     config = Config.model_validate({"valid": ONCE, "pre": AS_IT_IS})
-    labels = Segmenter([Toy(semantic=brightness)], config, CPU, torch.float32)(image)
+    segmenter = Segmenter([Toy(semantic=brightness)], config, CPU, torch.float32)
+    labels = segmenter(image)
+    assert np.array_equal(segmenter.begin(image)[1](), labels)
     assert labels.dtype == np.int32
     assert labels.max() == 2
     assert np.array_equal(labels > 0, left | right)
