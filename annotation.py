@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import imagecodecs
@@ -23,6 +24,9 @@ from scipy import ndimage
 
 from files import replacing
 from labels import Labels, relabel
+
+#: Expected of nuclei 1..N, (N,) in [0, 1], where it is known.
+Quality = NDArray[np.floating] | None
 
 #: A mask is flat: without a filter it is written and read faster, and is smaller, than with one.
 PNG_FILTER_NONE = 0x08
@@ -341,7 +345,9 @@ def _corners(ring: NDArray[np.int64]) -> NDArray[np.int64]:
     return ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]
 
 
-def geojson_features(labels: Labels, origin: tuple[int, int] = (0, 0), first: int = 1) -> list[str]:
+def geojson_features(
+    labels: Labels, origin: tuple[int, int] = (0, 0), first: int = 1, quality: NDArray[np.floating] | None = None
+) -> list[str]:
     """Describe every nucleus as a feature of GeoJSON, as QuPath reads it.
 
     Parameters
@@ -352,6 +358,8 @@ def geojson_features(labels: Labels, origin: tuple[int, int] = (0, 0), first: in
         Row and column where it begins.
     first
         Name of the nucleus with label 1; the others follow.
+    quality
+        Expected of each nucleus 1..N, in [0, 1]; a measurement of the feature.
 
     Returns
     -------
@@ -371,13 +379,15 @@ def geojson_features(labels: Labels, origin: tuple[int, int] = (0, 0), first: in
             "type": "Polygon" if single else "MultiPolygon",
             "coordinates": pieces[0] if single else pieces,
         }
-        properties = {"objectType": "detection", "name": str(first + label - 1)}
+        properties: dict[str, Any] = {"objectType": "detection", "name": str(first + label - 1)}
+        if quality is not None:
+            properties["measurements"] = {"expected quality": round(float(quality[label - 1]), 3)}
         feature = {"type": "Feature", "geometry": geometry, "properties": properties}
         features.append(json.dumps(feature, separators=(",", ":")))
     return features
 
 
-def _write_mask(folder: Path, image_id: str, labels: Labels) -> None:
+def _write_mask(folder: Path, image_id: str, labels: Labels, quality: Quality = None) -> None:
     """One PNG a nucleus."""
     write_masks(folder / image_id, labels)
 
@@ -386,9 +396,16 @@ def _read_mask(folder: Path, image_id: str, shape: tuple[int, int]) -> NDArray[n
     return read_masks(folder / image_id, shape)
 
 
-def _write_label(folder: Path, image_id: str, labels: Labels) -> None:
+def _write_label(folder: Path, image_id: str, labels: Labels, quality: Quality = None) -> None:
     """One label map (TIFF) an image."""
     write_label_map(folder / f"{image_id}.tif", labels)
+
+
+def _write_geojson(folder: Path, image_id: str, labels: Labels, quality: Quality = None) -> None:
+    """One file of outlines (GeoJSON, as of QuPath) an image, with the quality expected of each nucleus."""
+    with replacing(folder / f"{image_id}.geojson") as stage:
+        features = ",\n".join(geojson_features(labels, quality=quality))
+        stage.write_text(f'{{"type":"FeatureCollection","features":[\n{features}\n]}}\n', encoding="utf-8")
 
 
 def _read_label(folder: Path, image_id: str, shape: tuple[int, int]) -> NDArray[np.int32]:
@@ -398,18 +415,20 @@ def _read_label(folder: Path, image_id: str, shape: tuple[int, int]) -> NDArray[
     return labels
 
 
-WRITERS: dict[str, Callable[[Path, str, Labels], None]] = {
+WRITERS: dict[str, Callable[[Path, str, Labels, Quality], None]] = {
     "mask": _write_mask,
     "label": _write_label,
+    "geojson": _write_geojson,
 }
-"""Format -> ``write(folder, image_id, labels)``: files of one image, under names made from its id. The docstring of a
-row is the help of its option."""
+"""Format -> ``write(folder, image_id, labels, quality)``: files of one image, under names made from its id; `quality`
+is what is expected of each nucleus, or None. The docstring of a row is the help of its option."""
 
 READERS: dict[str, Callable[[Path, str, tuple[int, int]], NDArray[np.int32]]] = {
     "mask": _read_mask,
     "label": _read_label,
 }
-"""Format -> ``read(folder, image_id, shape)``: the label map that the writer of that name was given."""
+"""Format -> ``read(folder, image_id, shape)``: the label map that the writer of that name was given. Outlines are read
+by `outline.read_outlines`."""
 
 
 def _parse(text: str, number: int, size: int) -> NDArray[np.int64]:

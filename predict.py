@@ -24,7 +24,7 @@ from labels import pile, typical_diameter
 from model import load_model, memory_format, place
 from mosaic import PADDING, Mosaic, Read, busiest, needs_tiles
 from network import HEAD_CHANNELS, Network
-from postprocess import clean, instances, merge, merged_thresholds
+from postprocess import clean, expected_quality, instances, merge, merged_thresholds
 from tile import cut_blocks, join, round_zoom
 from view import View, combine, show, undo, unzoom_maps, zoom_image
 
@@ -225,6 +225,12 @@ class Segmenter:
         config = self.config
         thresholds = merged_thresholds(probs, config.thresholds, config.valid.ensemble)
         return instances(probs, config.post, thresholds, self.opinion and self.opinion.judge)
+
+    def quality(
+        self, labels: NDArray[np.int32], probs: Mapping[str, NDArray[np.float32]]
+    ) -> NDArray[np.float32] | None:
+        """What is expected of instances 1..N, (N,) float32 in [0, 1]; None without a second opinion."""
+        return None if self.opinion is None else expected_quality(labels, probs, self.opinion.judge)
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an image, (H, W) int32."""

@@ -293,6 +293,7 @@ def identify(slide: Slide, segmenter: Segmenter) -> str:
         stat.st_mtime_ns,
         slide.shape,
         segmenter.fingerprint,
+        [float(value.detach().sum()) for value in segmenter.opinion.parameters()] if segmenter.opinion else None,
         *settings,
         sorted(config.thresholds.items()),
     ]

@@ -46,13 +46,14 @@ from stream import segment_slide
 
 @dataclass
 class Result:
-    """One image, predicted: `probs` head -> (H, W) or (C, H, W), `labels` and `truth` (H, W) int32."""
+    """One image, predicted: `probs` head -> (H, W) or (C, H, W), `labels` and `truth` (H, W) int32, `quality` (N,)."""
 
     record: Record
     image: NDArray[np.uint8]
     probs: dict[str, NDArray[np.float32]]
     labels: NDArray[np.int32]
     truth: NDArray[np.int32] | None
+    quality: NDArray[np.float32] | None = None
 
     @cached_property
     def score(self) -> Score | None:
@@ -191,7 +192,7 @@ def predict_all(records: Sequence[Record], segmenter: Segmenter, tally: Tally) -
     n_worker, policy = segmenter.config.train.n_worker, segmenter.config.pre.policy
     read = ordered(lambda record: _read(record, policy), records, n_worker)
     seen = (item if isinstance(item, Refusal) else (*item, *segmenter.begin(item[1])) for item in read)
-    with closing(read), closing(ordered(_finish, seen, n_worker)) as finished:
+    with closing(read), closing(ordered(lambda item: _finish(item, segmenter), seen, n_worker)) as finished:
         for found in tqdm(finished, "predicting", len(records), disable=parallel.bar_off()):
             if isinstance(found, Refusal):
                 tally.refused.append(found.id)
@@ -220,11 +221,12 @@ def _read(
         return Refusal(record.id, str(error))
 
 
-def _finish(item: Refusal | tuple) -> Refusal | Result:
+def _finish(item: Refusal | tuple, segmenter: Segmenter) -> Refusal | Result:
     if isinstance(item, Refusal):
         return item
     record, image, truth, probs, finish = item
-    return Result(record, image, probs, finish(), truth)
+    labels = finish()
+    return Result(record, image, probs, labels, truth, segmenter.quality(labels, probs))
 
 
 def deliver(
@@ -249,7 +251,7 @@ def deliver(
             else:
                 tqdm.write(line)
         for name in writers:
-            WRITERS[name](folder, result.record.id, result.labels)
+            WRITERS[name](folder, result.record.id, result.labels, result.quality)
         if drawing:
             figure = draw(result, config)
             if args.save:

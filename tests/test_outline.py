@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from annotation import WRITERS
 from outline import Outline, draw, read_outlines
 
 SQUARE = [(2, 1), (6, 1), (6, 4), (2, 4)]  # columns 2 to 5, rows 1 to 3
@@ -253,3 +254,20 @@ def test_coco_annotations_of_no_image_are_refused(tmp_path):
     content["annotations"][0]["image_id"] = 8
     with pytest.raises(ValueError, match="1 annotations belong to none of its 1 images"):
         read_outlines(write_json(tmp_path, content, "all.json"))
+
+
+def test_outlines_that_are_written_are_read_again(tmp_path):
+    labels = np.zeros((40, 50), np.int32)
+    labels[5:20, 5:25], labels[8:30, 25:40] = 1, 2
+    WRITERS["geojson"](tmp_path, "one.v2", labels, np.array([0.25, 0.8765]))
+    ((image_id, annotation),) = read_outlines(tmp_path / "one.v2.geojson").items()
+    assert image_id == "one.v2" and not annotation.refused
+    again, refused = draw(annotation.outlines, labels.shape)
+    assert not refused and np.array_equal(again, labels)
+    features = json.loads((tmp_path / "one.v2.geojson").read_text())["features"]
+    assert [f["properties"]["measurements"] for f in features] == [
+        {"expected quality": 0.25},
+        {"expected quality": 0.876},
+    ]
+    WRITERS["geojson"](tmp_path, "none", labels * 0, None)
+    assert json.loads((tmp_path / "none.geojson").read_text())["features"] == []
