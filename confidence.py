@@ -86,6 +86,10 @@ def learn(features: Sequence[NDArray[np.float32]], ious: Sequence[NDArray[np.flo
     ------
     ValueError
         There is no candidate.
+
+    Notes
+    -----
+    Five networks of two layers, each shown other candidates at each step, by cross entropy with the quality.
     """
     counts = np.array([len(iou) for iou in ious])
     if not counts.sum():

@@ -57,7 +57,7 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float], opinion
         return _finish(components(mask), probs, post)
     source, policy = _choose(post, probs, opinion)
     if policy == "forest":
-        return _finish(separate_forest(mask, probs, post, opinion), probs, post)
+        return _finish(separate_forest(mask, probs, post, opinion)[0], probs, post)
     markers = pick(MARKERS, source, "source of markers")(mask, probs, post, thresholds)
     markers = _add_lonely(mask, markers)
     return _finish(pick(POLICIES, policy, "policy")(mask, markers, probs), probs, post)
@@ -138,7 +138,7 @@ def clean(labels: Labels, post: Post) -> Labels:
 def _choose(post: Post, probs: Probs, opinion: Opinion | None = None) -> tuple[str, str]:
     """Source of the markers and policy, where the settings leave them to the heads there are."""
     source, policy = post.marker, post.policy
-    if policy == "auto" and opinion is not None and source != "color":
+    if policy == source == "auto" and opinion is not None:
         policy = "forest"
     if source == "auto":
         source = "color" if policy == "color" else next((name for name in MARKERS if name in probs), "peak")
@@ -202,7 +202,9 @@ def separate_walker(mask: Mask, markers: Labels, probs: Probs) -> Labels:
     return gaps.image
 
 
-def separate_forest(mask: Mask, probs: Probs, post: Post, opinion: Opinion | None) -> Labels:
+def separate_forest(
+    mask: Mask, probs: Probs, post: Post, opinion: Opinion | None
+) -> tuple[Labels, NDArray[np.float32]]:
     """Of all the ways in which blobs fall apart the one that promises most.
 
     A candidate is worth the quality that is expected of it less ``min_quality``: what a nucleus has to promise, as one
@@ -219,7 +221,10 @@ def separate_forest(mask: Mask, probs: Probs, post: Post, opinion: Opinion | Non
 
     Returns
     -------
-    (H, W) int32
+    labels : (H, W) int32
+        Numbers with gaps.
+    expected : (N + 1,) float32
+        The quality expected of each number; 0 for the background.
 
     Raises
     ------
@@ -229,7 +234,8 @@ def separate_forest(mask: Mask, probs: Probs, post: Post, opinion: Opinion | Non
     if opinion is None:
         raise ValueError("[post] policy = forest: this checkpoint has no second opinion; tune.py gives it one")
     forest = candidates(mask, probs, post)
-    return forest.pick(opinion(describe(forest, probs)) - post.min_quality)
+    expected = opinion(describe(forest, probs))
+    return forest.pick(expected - post.min_quality), np.append(np.float32(0), expected)
 
 
 def candidates(mask: Mask, probs: Probs, post: Post) -> Forest:
@@ -246,11 +252,19 @@ def candidates(mask: Mask, probs: Probs, post: Post) -> Forest:
     return grow_forest(mask, height, _elevation(probs))
 
 
-def expected_quality(labels: Labels, probs: Probs, opinion: Opinion) -> NDArray[np.float32]:
-    """The quality expected of instances 1..N, (N,) float32 in [0, 1], whatever policy has separated them."""
-    n = int(labels.max(initial=0))
-    lone = Forest(labels, np.full(n, -1), np.arange(1, n + 1), np.zeros(n), np.zeros(n))
-    return opinion(describe(lone, probs)) if n else np.zeros(0, np.float32)
+def expected_quality(
+    labels: Labels, probs: Probs, post: Post, thresholds: Mapping[str, float], opinion: Opinion | None
+) -> NDArray[np.float32] | None:
+    """The quality expected of the nuclei 1..N that `instances` has made of the same, (N,) float32 in [0, 1].
+
+    None where they were not chosen by it.
+    """
+    if not post.segmentation or _choose(post, probs, opinion)[1] != "forest":
+        return None
+    picked, expected = separate_forest(_above(probs, thresholds, "semantic"), probs, post, opinion)
+    quality = np.zeros(int(labels.max(initial=0)) + 1, np.float32)
+    np.maximum.at(quality, labels.ravel(), expected[picked].ravel())
+    return quality[1:]
 
 
 #: (mask, markers, probs) -> labels

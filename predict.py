@@ -229,8 +229,11 @@ class Segmenter:
     def quality(
         self, labels: NDArray[np.int32], probs: Mapping[str, NDArray[np.float32]]
     ) -> NDArray[np.float32] | None:
-        """What is expected of instances 1..N, (N,) float32 in [0, 1]; None without a second opinion."""
-        return None if self.opinion is None else expected_quality(labels, probs, self.opinion.judge)
+        """What is expected of the instances 1..N that `separate` has made, (N,) float32 in [0, 1]; None where no second
+        opinion has chosen them."""
+        config = self.config
+        thresholds = merged_thresholds(probs, config.thresholds, config.valid.ensemble)
+        return expected_quality(labels, probs, config.post, thresholds, self.opinion and self.opinion.judge)
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an image, (H, W) int32."""
@@ -255,7 +258,9 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
     config, opinion = configs[0], None
     if tuned and found:
         config = config.suggest(found["values"])
-        opinion = Opinion.load(found["opinion"]) if "opinion" in found else None
+        learned = found.get("opinion")
+        if learned and config.post.policy in ("auto", "forest") and config.post.marker == "auto":
+            config, opinion = config.suggest(learned["values"]), Opinion.load(learned["weights"])
     for path, other in zip(paths, configs, strict=True):
         theirs, ours = ((c.pre.policy, c.pre.nucleus_diameter) for c in (other, configs[0]))
         if theirs != ours:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from config import CHECKPOINT_KEYS, SPLIT_KEYS, Config
 from detector import MaskRCNN
-from division import load_split
+from division import group_records, load_split
 from helper import (
     DEFAULT_WEIGHTS,
     find_checkpoint,
@@ -61,32 +61,39 @@ def run(config: Config, args: argparse.Namespace) -> int:
     with Tuner(cases, segmenter.config, n_worker=min(os.cpu_count() or 1, len(cases), MOST_WORKERS)) as tuner:
         best = tuner.search()
         before, after, honest = tuner.scores(tuner.start), tuner.scores(best), tuner.cross_validate()
-    columns = {"before": before, "tuned": after, "tuned on other kinds": honest}
-    found: dict[str, Any] = {"values": dict(best)}
-    if wants_opinion(config):
-        advised = segmenter.config.suggest(dict(best) | WITH_OPINION)
-        opinion, images, kinds = form_opinion(cases, advised)
-        columns |= {"opinion of other images": images, "of other kinds": kinds}
-        if kinds.mean() > honest.mean():
-            found = {"values": dict(best) | WITH_OPINION, "opinion": opinion.state_dict()}
-            after, honest = images, kinds
+    columns = {"before": before, "tuned": after, "tuned on others": honest}
+    found: dict[str, Any] = {"values": dict(best), "scores": {"score": after.mean(), "cross_validated": honest.mean()}}
+    formed = form_opinion(cases, segmenter.config.suggest(WITH_OPINION)) if wants_opinion(config) else None
+    if formed is not None:
+        opinion, scores = formed
+        columns["opinion of others"] = scores
+        if scores.mean() > honest.mean():
+            found["opinion"] = {"values": WITH_OPINION, "weights": opinion.state_dict()}
+            found["scores"]["cross_validated"] = scores.mean()
     print(format_gain([case.kind for case in cases], columns))
-    changed = {key: value for key, value in found["values"].items() if value != dict(tuner.start).get(key)}
-    print("\n".join(f"{key} = {value}" for key, value in changed.items()) or "nothing to change")
+    print(format_choice(found, segmenter.config))
     print(
         f"{len(cases)} images predicted in {predicted - began:.0f} s, {tuner.n_judged} choices judged"
-        f"{' and a second opinion formed' if 'opinion' in found else ''} in {time.monotonic() - predicted:.0f} s"
+        f"{' and an opinion formed' if formed else ''} in {time.monotonic() - predicted:.0f} s"
     )
     if not args.dry_run:
         found["values"] |= chosen(segmenter.config)
-        found["scores"] = {"score": float(after.mean()), "cross_validated": float(honest.mean())}
+        found["scores"] = {name: float(value) for name, value in found["scores"].items()}
         keep(paths, segmenter.fingerprint, found, args.export)
     return 0
 
 
 def wants_opinion(config: Config) -> bool:
-    """Whether the settings leave it to the search how nuclei are separated."""
-    return not {"post.policy", "post.marker"} & config.user_set or config.post.policy == "forest"
+    """Whether the settings leave it open how nuclei are separated."""
+    return not {"post.policy", "post.marker", "post.segmentation"} & config.user_set
+
+
+def format_choice(found: Mapping[str, Any], config: Config) -> str:
+    """What changes, to print: the settings one a line, and whether there is a second opinion."""
+    values = found["values"] | found.get("opinion", {"values": {}})["values"]
+    changed = {key: value for key, value in values.items() if config.suggest({key: value}) != config}
+    lines = [f"{key} = {value}" for key, value in changed.items()] or ["nothing to change"]
+    return "\n".join([*lines, f"second opinion: {'kept' if 'opinion' in found else 'none is kept'}"])
 
 
 def refuse_nonsense(config: Config, args: argparse.Namespace, paths: Sequence[Path]) -> None:
@@ -98,6 +105,8 @@ def refuse_nonsense(config: Config, args: argparse.Namespace, paths: Sequence[Pa
         raise ValueError(f"{DEFAULT_WEIGHTS} ships with the toolkit and is not changed; tune a copy, or say --dry-run")
     if all(key in config.user_set for key in GRID):
         raise ValueError("everything that could be tuned is set by the settings")
+    if config.post.policy == "forest":
+        raise ValueError("[post] policy = forest: tune.py finds out itself where that helps; leave it at auto")
 
 
 def chosen(config: Config) -> dict[str, object]:
@@ -119,6 +128,8 @@ def predict_cases(segmenter: Segmenter, config: Config, data: Path) -> list[Case
     _, records = load_split(data, config.inherit(segmenter.saved, SPLIT_KEYS).dataset)
     if not records:
         raise ValueError("the split holds no validation image; see [dataset] cv_ratio and valid_ids")
+    groups = group_records(records, config.dataset.cv_group)
+    kin = {record.id: str(number) for number, group in enumerate(groups) for record in group}
     cases = []
     for record in tqdm(records, "predicting", disable=None):
         try:
@@ -131,7 +142,9 @@ def predict_cases(segmenter: Segmenter, config: Config, data: Path) -> list[Case
                 raise
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             continue
-        cases.append(Case.pack(record.sub_category, segmenter.members(image), truth))
+        cases.append(Case.pack(record.sub_category, segmenter.members(image), truth, kin[record.id]))
+    if not cases:
+        raise ValueError("no validation image could be read; see above")
     return cases
 
 

@@ -42,7 +42,7 @@ WITH_OPINION: dict[str, Any] = {
     "post.min_object_share": 0.0,
     "post.policy": "forest",
 }
-#: Parts of the images, each judged by an opinion that was formed on the others.
+#: Parts in which images of a single kind are judged, each by what was found on the others.
 N_FOLDS = 5
 #: Side (px) of the part of an image that is judged: a large image would take as long as all others together.
 WINDOW = 512
@@ -66,19 +66,22 @@ class Case:
         What each network says: head -> (H, W) or (C, H, W) uint8, 255 times the probability. That takes a quarter of
         the memory, and thresholds are never nearer to each other.
     truth : (H, W) int32
+    group : str
+        Images that share it are kin: none is judged by what was found on another.
     """
 
     kind: str
     members: tuple[Mapping[str, NDArray[np.uint8]], ...]
     truth: NDArray[np.int32]
+    group: str = ""
 
     @classmethod
-    def pack(cls, kind: str, members: Sequence[Probs], truth: NDArray[np.int32]) -> Case:
+    def pack(cls, kind: str, members: Sequence[Probs], truth: NDArray[np.int32], group: str = "") -> Case:
         """From maps of float32 in [0, 1]; of a large image the middle `WINDOW` square."""
         top, left = (max(side - WINDOW, 0) // 2 for side in truth.shape)
         box = np.s_[..., top : top + WINDOW, left : left + WINDOW]
         packed = ({head: np.rint(255 * p[box]).astype(np.uint8) for head, p in maps.items()} for maps in members)
-        return cls(kind, tuple(packed), relabel(truth[box]))
+        return cls(kind, tuple(packed), relabel(truth[box]), group)
 
 
 def judge(case: Case, config: Config, opinion: Opinion | None = None) -> float:
@@ -223,21 +226,32 @@ class Tuner:
         return found
 
     def cross_validate(self) -> NDArray[np.float64]:
-        """The score of each image under what the search finds on the images of all other kinds, (N,) float64.
+        """The score of each image under what the search finds on `strangers` to it, (N,) float64.
 
         This, and not the score of the final choice on the images it was found on, is what to expect of images of a kind
-        that was not there. With a single kind there is nothing to leave out: the start is judged.
+        that was not there. Where there is no stranger the start is judged.
         """
-        kinds = np.array([case.kind for case in self.cases])
         scores = self.scores(self.start).copy()
-        for kind in np.unique(kinds) if len(np.unique(kinds)) > 1 else ():
-            scores[kinds == kind] = self.scores(self.search(kinds != kind))[kinds == kind]
+        for mine, others in strangers(self.cases):
+            scores[mine] = self.scores(self.search(others))[mine]
         return scores
 
 
-def form_opinion(
-    cases: Sequence[Case], config: Config, seed: int = 1
-) -> tuple[Opinion, NDArray[np.float64], NDArray[np.float64]]:
+def strangers(cases: Sequence[Case], seed: int = 1) -> list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Parts of the images, each with those that have nothing in common with it, as pairs of (N,) bool.
+
+    A part is a kind; where there is but one, a fifth of the groups of kin. What is kin of the part is on neither side;
+    a part to which all are kin is left out.
+    """
+    kinds = np.unique([case.kind for case in cases], return_inverse=True)[1]
+    groups = np.unique([case.group or f"image {i}" for i, case in enumerate(cases)], return_inverse=True)[1]
+    if not kinds.any():
+        kinds = np.random.default_rng(seed).permutation(int(groups.max()) + 1)[groups] % N_FOLDS
+    parts = [(mine := kinds == kind, ~mine & ~np.isin(groups, groups[mine])) for kind in np.unique(kinds)]
+    return [(mine, others) for mine, others in parts if others.any()]
+
+
+def form_opinion(cases: Sequence[Case], config: Config, seed: int = 1) -> tuple[Opinion, NDArray[np.float64]] | None:
     """A second opinion formed on all images, and what to expect of it.
 
     Parameters
@@ -250,23 +264,25 @@ def form_opinion(
     Returns
     -------
     opinion : Opinion
-    images, kinds : (N,) float64
-        The score of each image by an opinion formed on other images, and on images of other kinds alone.
+    scores : (N,) float64
+        Of each image by an opinion formed on `strangers` alone.
+
+    None where an image has no stranger, or strangers have no candidate to learn from.
     """
     known = [examine(case, config) for case in cases]
-    features, ious = [x for x, _ in known], [y for _, y in known]
-    folds = np.random.default_rng(seed).permutation(len(cases)) % min(N_FOLDS, len(cases))
-    kinds = np.unique([case.kind for case in cases], return_inverse=True)[1]
-    scores = []
-    for groups in (folds, kinds if kinds.any() else folds):
-        score = np.zeros(len(cases))
-        for group in np.unique(groups):
-            mine = np.flatnonzero(groups == group).tolist()
-            others = np.flatnonzero(groups != group).tolist() or mine
-            opinion = learn([features[i] for i in others], [ious[i] for i in others], seed)
-            score[mine] = [judge(cases[i], config, opinion) for i in mine]
-        scores.append(score)
-    return learn(features, ious, seed), scores[0], scores[1]
+    parts = strangers(cases, seed)
+    scores = np.full(len(cases), np.nan)
+
+    def form(chosen: NDArray[np.bool_]) -> Opinion:
+        some = [image for image, wanted in zip(known, chosen, strict=True) if wanted]
+        return learn([features for features, _ in some], [ious for _, ious in some], seed)
+
+    for mine, others in parts:
+        if not any(len(ious) for (_, ious), one in zip(known, others, strict=True) if one):
+            return None
+        opinion = form(others)
+        scores[mine] = [judge(case, config, opinion) for case, its in zip(cases, mine, strict=True) if its]
+    return None if np.isnan(scores).any() else (form(np.ones(len(cases), bool)), scores)
 
 
 _cases: Sequence[Case] = ()

@@ -46,14 +46,13 @@ from stream import segment_slide
 
 @dataclass
 class Result:
-    """One image, predicted: `probs` head -> (H, W) or (C, H, W), `labels` and `truth` (H, W) int32, `quality` (N,)."""
+    """One image, predicted: `probs` head -> (H, W) or (C, H, W), `labels` and `truth` (H, W) int32."""
 
     record: Record
     image: NDArray[np.uint8]
     probs: dict[str, NDArray[np.float32]]
     labels: NDArray[np.int32]
     truth: NDArray[np.int32] | None
-    quality: NDArray[np.float32] | None = None
 
     @cached_property
     def score(self) -> Score | None:
@@ -87,7 +86,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
     tally, folder, began = Tally(), args.output or Path("."), time.monotonic()
     stream_slides(parallel.share(slides), segmenter, args, tally)
-    delivered = deliver(predict_all(parallel.share(records), segmenter, tally), segmenter.config, args, tally)
+    delivered = deliver(predict_all(parallel.share(records), segmenter, tally), segmenter, args, tally)
     runs: Iterable[tuple[str, list[str]]]
     runs = ((image_id, encode_rle(labels) if args.csv else []) for image_id, labels in delivered)
     if parallel.world() > 1:
@@ -192,7 +191,7 @@ def predict_all(records: Sequence[Record], segmenter: Segmenter, tally: Tally) -
     n_worker, policy = segmenter.config.train.n_worker, segmenter.config.pre.policy
     read = ordered(lambda record: _read(record, policy), records, n_worker)
     seen = (item if isinstance(item, Refusal) else (*item, *segmenter.begin(item[1])) for item in read)
-    with closing(read), closing(ordered(lambda item: _finish(item, segmenter), seen, n_worker)) as finished:
+    with closing(read), closing(ordered(_finish, seen, n_worker)) as finished:
         for found in tqdm(finished, "predicting", len(records), disable=parallel.bar_off()):
             if isinstance(found, Refusal):
                 tally.refused.append(found.id)
@@ -221,19 +220,18 @@ def _read(
         return Refusal(record.id, str(error))
 
 
-def _finish(item: Refusal | tuple, segmenter: Segmenter) -> Refusal | Result:
+def _finish(item: Refusal | tuple) -> Refusal | Result:
     if isinstance(item, Refusal):
         return item
     record, image, truth, probs, finish = item
-    labels = finish()
-    return Result(record, image, probs, labels, truth, segmenter.quality(labels, probs))
+    return Result(record, image, probs, finish(), truth)
 
 
 def deliver(
-    results: Iterable[Result], config: Config, args: argparse.Namespace, tally: Tally
+    results: Iterable[Result], segmenter: Segmenter, args: argparse.Namespace, tally: Tally
 ) -> Iterator[tuple[str, NDArray[np.int32]]]:
     """Score, export and draw each result as the command line asks, and hand on its id and labels."""
-    writers = [name for name in WRITERS if getattr(args, name)]
+    config, writers = segmenter.config, [name for name in WRITERS if getattr(args, name)]
     drawing = args.save or not (args.csv or args.iou or writers)
     folder = args.output or args.data / "predict"
     for result in results:
@@ -250,8 +248,9 @@ def deliver(
                 tally.lines.append((result.record.id, line))
             else:
                 tqdm.write(line)
+        quality = segmenter.quality(result.labels, result.probs) if args.geojson else None
         for name in writers:
-            WRITERS[name](folder, result.record.id, result.labels, result.quality)
+            WRITERS[name](folder, result.record.id, result.labels, quality)
         if drawing:
             figure = draw(result, config)
             if args.save:

@@ -374,9 +374,10 @@ def test_what_promises_too_little_is_dropped():
     assert not instances(probs, Post(min_quality=0.5), HALF, lambda features: np.full(len(features), 0.4)).any()
 
 
-def test_a_policy_that_is_named_asks_for_no_opinion():
+@pytest.mark.parametrize("named", [{"policy": "ws"}, {"marker": "marker"}])
+def test_a_policy_or_marker_that_is_named_asks_for_no_opinion(named):
     probs, _ = two_disks()
-    assert instances(probs, Post(policy="ws"), HALF, likes("log_atoms", 0)).max() == 1
+    assert instances(probs, Post(**named), HALF, likes("log_atoms", 0)).max() == 1
 
 
 def test_a_forest_wants_an_opinion():
@@ -396,13 +397,18 @@ def test_candidates_come_from_whatever_tells_nuclei_apart(head):
     assert found.overlaps(truth)[1:].min() > 0.9
 
 
-def test_each_instance_has_an_expected_quality():
+def test_each_instance_has_the_quality_that_was_expected_of_it():
     probs, truth = two_disks()
-    truth[truth == 2] = 0
-    truth[30:34, 50:54] = 2
-    expected = expected_quality(truth, probs, likes("solidity", 1))
-    assert expected.shape == (2,)
-    assert np.array_equal(
-        expected_quality(truth, probs, lambda features: features[:, FEATURES.index("log_area")]) > 4, [1, 0]
-    )
-    assert expected_quality(np.zeros_like(truth), probs, likes("solidity", 1)).shape == (0,)
+    probs["semantic"][2:8, 50:58] = 1  # something flat that no marker rises in
+    opinion = likes("most_marker", 1)
+    labels = instances(probs, Post(min_quality=0), HALF, opinion)
+    expected = expected_quality(labels, probs, Post(min_quality=0), HALF, opinion)
+    assert expected is not None and expected.shape == (labels.max(),) == (3,)
+    flat = labels[4, 54]
+    assert expected[flat - 1] == expected.min() < 0.9 < expected.max()
+    kept = instances(probs, Post(min_quality=0.9), HALF, opinion)
+    assert kept.max() == 2 and not kept[4, 54]
+    assert expected_quality(labels, probs, Post(policy="ws"), HALF, opinion) is None
+    assert expected_quality(labels, probs, Post(), HALF, None) is None
+    nothing = {head: np.zeros_like(value) for head, value in probs.items()}
+    assert expected_quality(labels * 0, nothing, Post(), HALF, opinion).shape == (0,)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 
 import tune
+import valid
+from candidate import FEATURES
+from confidence import Opinion
 from config import load_config
 from helper import load_checkpoint
 from predict import load_segmenter
@@ -20,7 +24,7 @@ def test_tune_keeps_what_it_finds_with_the_checkpoint(data, trained, tmp_path, c
     command = ["--data", str(data), "--checkpoint-dir", str(folder)]
     before = (folder / "best.pkl").read_bytes()
     assert tune.main([*command, "--dry-run"]) == 0
-    assert "tuned on other kinds" in capsys.readouterr().out
+    assert "tuned on others" in capsys.readouterr().out
     assert (folder / "best.pkl").read_bytes() == before
 
     assert tune.main([*command, "--export", str(tmp_path / "small.pkl")]) == 0
@@ -40,11 +44,40 @@ def test_tune_keeps_what_it_finds_with_the_checkpoint(data, trained, tmp_path, c
     assert both.config.param.threshold == load_config().param.threshold  # that pair was not tuned
 
 
+def test_an_opinion_that_helps_goes_with_the_checkpoint(data, trained, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(trained, tmp_path / "c")
+    command = ["--data", str(data), "--checkpoint-dir", str(folder), "--set", "post.min_object_size=3"]
+    formed = Opinion(), np.ones(2)
+    monkeypatch.setattr(tune, "form_opinion", lambda cases, config: formed)
+    assert tune.main([*command, "--export", str(tmp_path / "small.pkl")]) == 0
+    printed = capsys.readouterr().out
+    assert "opinion of others" in printed and "second opinion: kept" in printed
+    assert "param.threshold = 0.45" in printed and "min_object_size" not in printed
+    for path in (folder / "best.pkl", tmp_path / "small.pkl"):
+        segmenter = load_segmenter([path], load_config())
+        assert segmenter.opinion is not None and segmenter.config.param.threshold == 0.45
+        features = np.random.default_rng(0).normal(size=(5, len(FEATURES))).astype(np.float32)
+        assert np.array_equal(segmenter.opinion.judge(features), formed[0].judge(features))
+        plain = load_segmenter([path], load_config(overrides=["post.policy=ws"]))
+        assert plain.opinion is None and plain.config.post.min_object_share > 0
+    shown = ["--data", str(data), "--geojson", "--output", "out", "--set", "post.min_quality=0"]
+    assert valid.main([str(tmp_path / "small.pkl"), *shown]) == 0
+    features = [json.loads(path.read_text())["features"] for path in sorted((tmp_path / "out").glob("*.geojson"))]
+    said = [f["properties"]["measurements"]["expected quality"] for image in features for f in image]
+    assert len(features) == 2 and all(0 <= value <= 1 for value in said)
+
+    monkeypatch.setattr(tune, "form_opinion", lambda cases, config: (Opinion(), np.zeros(2)))
+    assert tune.main(command) == 0
+    assert "second opinion: none is kept" in capsys.readouterr().out
+    assert load_segmenter([folder / "best.pkl"], load_config()).opinion is None
+
+
 def test_tune_refuses_in_one_line(data, trained, tmp_path, capsys):
     command = ["--data", str(data), "--checkpoint-dir", str(trained)]
     for options, words in (
         (["--set", "dataset.cv_ratio=0", "--data", str(data / "train")], "no validation image"),
         (["nowhere.pkl"], "no such checkpoint"),
+        (["--set", "post.policy=forest"], "leave it at auto"),
         (["--dry-run", "--export", "x.pkl"], "writes nothing"),
         ([str(trained / "best.pkl"), str(trained / "latest.pkl"), "--export", "x.pkl"], "several are named"),
     ):
