@@ -23,10 +23,9 @@ slow: .venv/installed
 	$(BIN)/python -m pytest -q -m slow
 
 .venv/compared: .venv/installed benchmarks/requirements.txt
-	@while read -r line; do case "$$line" in ""|\#*) ;; *) \
-	    $(BIN)/pip install --quiet "$$line" || echo "not installed, its column stays empty: $$line" ;; esac; \
-	done < benchmarks/requirements.txt
-	touch $@
+	@missing=0; while read -r line; do case "$$line" in ""|\#*) ;; *) \
+	    $(BIN)/pip install --quiet "$$line" || { missing=1; echo "not installed, its column stays empty: $$line"; } ;; esac; \
+	done < benchmarks/requirements.txt; test $$missing = 1 || touch $@
 
 bench: .venv/compared
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -76,6 +76,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     prepare_process()
     paths = args.checkpoint or [find_checkpoint(args.checkpoint_dir)]
     segmenter = load_segmenter(paths, config)
+    if len(set(parallel.merge([segmenter.fingerprint]))) > 1:
+        raise ValueError(f"{paths[0]}: other weights in another process; name checkpoints that all machines share")
     print(f"Using {', '.join(str(path) for path in paths)} on {segmenter.device}")
     chosen = choose_records(args, config, segmenter.saved)
     records, slides = part_slides(chosen, args, config.valid.slide_size)
