@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from config import DEFAULT_POLICY, Policy
 from image import TIFF_MAGIC, ImageError, find_range, has_alpha, pick_channels, to_uint8
-from mosaic import probe
+from mosaic import N_PROBES, probe
 from stain import see
 from tile import Window
 
@@ -80,8 +80,10 @@ class Slide:
         return pick_channels(array[..., :-1] if self.alpha else array, self.policy[0], self.path)
 
     def sampled(self) -> Slide:
-        """This slide with its limits."""
-        samples = [self._pick(window) for window in probe(self.shape)]
+        """This slide with its limits; of many samples every so many-th pixel, so that they do not fill the memory."""
+        places = probe(self.shape)
+        step = ceil(sqrt(len(places)) / N_PROBES)
+        samples = [np.array(self._pick(window)[::step, ::step]) for window in places]
         return Slide(
             self.path,
             self.pixels,

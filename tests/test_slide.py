@@ -122,6 +122,16 @@ def test_an_odd_file_is_no_slide_and_is_named(error, tmp_path, monkeypatch):
         open_slide(tmp_path / "a.tif")
 
 
+def test_the_limits_of_a_large_glass_know_of_the_tissue_on_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("mosaic.PROBE", 8)
+    monkeypatch.setattr("mosaic.PROBE_STEP", 20)
+    glass = np.full((1000, 1000), 60_000, np.uint16)
+    glass[:, 505:530] = 9000  # between the places that eight along a side would be
+    write_tiff(tmp_path / "a.tif", glass)
+    low, high = open_slide(tmp_path / "a.tif").limits
+    assert low == 9000 and high == 60_000
+
+
 def test_ome_zarr_says_what_its_axes_are(tmp_path):
     group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
     narrow = RGB[:, :3].transpose(2, 0, 1)  # three channels, three columns
