@@ -7,9 +7,10 @@ in the forest; a separation is a set of candidates none of which holds another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from scipy import ndimage as ndi
 from scipy.sparse import csr_array
 from skimage.segmentation import watershed
 
-from labels import components, overlap_table, typical_area
+from labels import components, overlap_table, typical_size
 
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.int32]
@@ -153,13 +154,53 @@ def grow_forest(mask: Mask, height: Map, elevation: Map) -> Forest:
     return Forest(atoms, parent, atom, birth, end)
 
 
-def describe(forest: Forest, probs: Mapping[str, Map]) -> NDArray[np.float32]:
+class Scene(NamedTuple):
+    """What an image holds as a whole, against which a candidate is seen.
+
+    Attributes
+    ----------
+    typical : int
+        Typical area (pixels) of an atom; at least 1.
+    semantic : float
+        Mean semantic probability of the pixels of nuclei; 0 without nuclei.
+    areas : (N,) float64
+        Of all candidates (pixels), in rising order.
+    """
+
+    typical: int
+    semantic: float
+    areas: NDArray[np.float64]
+
+
+def find_scene(parts: Sequence[tuple[Forest, Map]]) -> Scene:
+    """The scene of an image, from the forest and the semantic probabilities of all of it, or of several samples."""
+    sizes, areas, total = [np.zeros(0, int)], [np.zeros(0)], 0.0
+    for forest, semantic in parts:
+        inside = forest.atoms > 0
+        size = np.bincount(forest.atoms[inside], minlength=forest.members.shape[1])
+        sizes.append(size)
+        areas.append(forest.members @ size.astype(float))
+        total += float(semantic[inside].sum(dtype=np.float64))
+    known = np.concatenate(sizes)
+    return Scene(max(typical_size(known), 1), total / max(int(known.sum()), 1), np.sort(np.concatenate(areas)))
+
+
+def describe(forest: Forest, probs: Mapping[str, Map], scene: Scene | None = None) -> NDArray[np.float32]:
     """What `FEATURES` names, of each candidate, (N, F) float32.
 
     Sums over pixels and over the borders between atoms are taken once; those of a candidate follow by addition, so the
     cost does not grow with how often candidates overlap.
+
+    Parameters
+    ----------
+    forest : Forest
+    probs : mapping
+        head -> (H, W) float32; "semantic" must be there.
+    scene : Scene, optional
+        Of the whole image, where this is a part of it; else what is there is all.
     """
     semantic = probs["semantic"]
+    scene = scene or find_scene([(forest, semantic)])
     nothing = np.zeros_like(semantic)
     maps = {head: probs.get(head, nothing) for head in ("semantic", "marker", "contour")}
     members = forest.members
@@ -167,7 +208,6 @@ def describe(forest: Forest, probs: Mapping[str, Map]) -> NDArray[np.float32]:
     borders = _sum_borders(forest.atoms, maps, members)
     area = pixels["area"]
     hull = _hull_areas(forest)
-    typical = max(typical_area(forest.atoms), 1)
     yy, xx, xy = (pixels[name] for name in ("yy", "xx", "xy"))
     spread = np.sqrt((yy - xx) ** 2 + 4 * xy**2)
     long, short = (yy + xx + spread) / 2, np.maximum((yy + xx - spread) / 2, 1 / 12)
@@ -175,7 +215,7 @@ def describe(forest: Forest, probs: Mapping[str, Map]) -> NDArray[np.float32]:
     of_parent = np.where(forest.parent >= 0, forest.parent, np.arange(len(forest)))
     columns = {
         "log_area": np.log(area),
-        "relative_area": area / typical,
+        "relative_area": area / scene.typical,
         "axis_ratio": np.sqrt(short / long),
         "ellipse_fit": area / (4 * np.pi * np.sqrt(long * short)),
         "solidity": area / np.maximum(hull, 1),
@@ -200,29 +240,31 @@ def describe(forest: Forest, probs: Mapping[str, Map]) -> NDArray[np.float32]:
         "parent_neck": np.where(forest.parent >= 0, borders["inner"][of_parent] / np.sqrt(area), 0),
         "parent_neck_contour": np.where(forest.parent >= 0, borders["inner_contour"][of_parent], 0),
         "at_frame": borders["frame"] > 0,
-        "log_typical": np.full(len(forest), np.log(typical)),
-        "image_semantic": np.full(len(forest), semantic[forest.atoms > 0].mean() if len(forest) else 0),
-        "rank": np.searchsorted(np.sort(area), area) / max(len(forest), 1),
+        "log_typical": np.full(len(forest), np.log(scene.typical)),
+        "image_semantic": np.full(len(forest), scene.semantic),
+        "rank": np.searchsorted(scene.areas, area) / max(len(scene.areas), 1),
     }
     return np.stack([np.asarray(columns[name], np.float32) for name in FEATURES], axis=1)
 
 
 def _sum_pixels(atoms: Labels, maps: Mapping[str, Map], members: csr_array) -> dict[str, NDArray[np.float64]]:
     """Of each candidate: area, central second moments, means of the maps, and two extremes."""
-    ids, n = atoms.ravel(), members.shape[1]
-    y, x = (index.ravel().astype(np.float64) for index in np.indices(atoms.shape))
+    inside, n = np.flatnonzero(atoms), members.shape[1]
+    ids = atoms.ravel()[inside]
+    index = {"y": (inside // atoms.shape[1]).astype(np.int32), "x": (inside % atoms.shape[1]).astype(np.int32)}
+    seen = {head: p.ravel()[inside] for head, p in maps.items()}
+    del inside
     total = {"area": np.bincount(ids, minlength=n).astype(float)}
-    terms = {"y": y, "x": x, "yy": y * y, "xx": x * x, "xy": x * y}
-    for name, values in (terms | {head: p.ravel() for head, p in maps.items()}).items():
+    for name, values in (index | seen).items():
         total[name] = np.bincount(ids, values, minlength=n)
+    for a, b in ("yy", "xx", "xy"):  # one at a time: of a large image each is large
+        total[a + b] = np.bincount(ids, np.multiply(index[a], index[b], dtype=np.float64), minlength=n)
     sums = {name: members @ values for name, values in total.items()}
     mean = {name: values / sums["area"] for name, values in sums.items()}
     known = {"area": sums["area"], **{head: mean[head] for head in maps}}
     for a, b in ("yy", "xx", "xy"):
         known[a + b] = mean[a + b] - mean[a] * mean[b] + (a == b) / 12
-    lowest, highest = (
-        _extremes(ids, maps[head].ravel(), n, least) for head, least in (("semantic", True), ("marker", False))
-    )
+    lowest, highest = (_extremes(ids, seen[head], n, least) for head, least in (("semantic", True), ("marker", False)))
     known["least_semantic"] = _over(members, lowest, np.minimum)
     known["most_marker"] = _over(members, highest, np.maximum)
     return known

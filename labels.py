@@ -93,7 +93,12 @@ def typical_area(labels: Labels) -> int:
 
     The median over labels would be at the mercy of specks, of which a bad segmentation has many. 0 without labels.
     """
-    sizes = np.sort(np.bincount(_checked(labels).ravel())[1:])
+    return typical_size(np.bincount(_checked(labels).ravel())[1:])
+
+
+def typical_size(sizes: NDArray[np.integer]) -> int:
+    """The same of labels whose areas (px), (N,), are known."""
+    sizes = np.sort(sizes)
     covered = np.cumsum(sizes)
     return int(sizes[np.searchsorted(covered, covered[-1] / 2)]) if covered.size else 0
 

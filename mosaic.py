@@ -27,8 +27,9 @@ PADDING = {
     "black": (cv2.BORDER_CONSTANT, 0),
     "white": (cv2.BORDER_CONSTANT, 255),
 }
-#: Of a first look: side of the places compared, and how many of them at most along a side of the image.
-PROBE, N_PROBES = 256, 8
+#: Of a first look: side of the places compared; how many of them along a side of the image, as far as there is room;
+#: and the farthest that they lie apart, however many that takes: a needle biopsy is some thousand pixels wide.
+PROBE, N_PROBES, PROBE_STEP = 256, 8, 2048
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,12 @@ def read_beyond(read: Read, window: Window, shape: tuple[int, int], padding: str
 
 
 def probe(shape: tuple[int, int]) -> list[Window]:
-    """Small windows spread evenly over an image, at most `N_PROBES` along a side; all of a small image."""
+    """Small windows spread evenly over an image, `N_PROBES` along a side or one every `PROBE_STEP`; all of a small
+    image."""
+    counts = [max(min(N_PROBES, n // PROBE), -(-n // PROBE_STEP)) for n in shape]
     spans = [
-        [Span(begin, begin + min(PROBE, n)) for begin in _begins(n, PROBE, min(N_PROBES, max(n // PROBE, 1)))]
-        for n in shape
+        [Span(begin, begin + min(PROBE, n)) for begin in _begins(n, PROBE, count)]
+        for n, count in zip(shape, counts, strict=True)
     ]
     return [Window(row, column) for row in spans[0] for column in spans[1]]
 

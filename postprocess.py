@@ -3,7 +3,7 @@ take it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from skimage import measure
 from skimage.feature import peak_local_max
 from skimage.segmentation import expand_labels, watershed
 
-from candidate import Forest, describe, grow_forest
+from candidate import Forest, Scene, describe, find_scene, grow_forest
 from config import Post, pick
 from labels import components, depth, fill_holes, only_neighbours, relabel, remove_fiber, remove_small, typical_area
 
@@ -28,7 +28,13 @@ Opinion = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 WALKER_BETA, WALKER_FLOOR = 130.0, 1e-10
 
 
-def instances(probs: Probs, post: Post, thresholds: Mapping[str, float], opinion: Opinion | None = None) -> Labels:
+def instances(
+    probs: Probs,
+    post: Post,
+    thresholds: Mapping[str, float],
+    opinion: Opinion | None = None,
+    scene: Scene | None = None,
+) -> Labels:
     """Give every nucleus its own label.
 
     Parameters
@@ -41,6 +47,8 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float], opinion
         head -> probability above which a pixel belongs.
     opinion : callable, optional
         For the policy ``forest``, which ``auto`` is where there is an opinion.
+    scene : Scene, optional
+        For the same, where these are the maps of a part of an image: what the whole holds.
 
     Returns
     -------
@@ -57,7 +65,7 @@ def instances(probs: Probs, post: Post, thresholds: Mapping[str, float], opinion
         return _finish(components(mask), probs, post)
     source, policy = _choose(post, probs, opinion)
     if policy == "forest":
-        return _finish(separate_forest(mask, probs, post, opinion)[0], probs, post)
+        return _finish(separate_forest(mask, probs, post, opinion, scene)[0], probs, post)
     markers = pick(MARKERS, source, "source of markers")(mask, probs, post, thresholds)
     markers = _add_lonely(mask, markers)
     return _finish(pick(POLICIES, policy, "policy")(mask, markers, probs), probs, post)
@@ -203,7 +211,7 @@ def separate_walker(mask: Mask, markers: Labels, probs: Probs) -> Labels:
 
 
 def separate_forest(
-    mask: Mask, probs: Probs, post: Post, opinion: Opinion | None
+    mask: Mask, probs: Probs, post: Post, opinion: Opinion | None, scene: Scene | None = None
 ) -> tuple[Labels, NDArray[np.float32]]:
     """Of all the ways in which blobs fall apart the one that promises most.
 
@@ -218,6 +226,8 @@ def separate_forest(
     post : Post
     opinion : callable
         See `Opinion`.
+    scene : Scene, optional
+        See `instances`.
 
     Returns
     -------
@@ -234,8 +244,14 @@ def separate_forest(
     if opinion is None:
         raise ValueError("[post] policy = forest: this checkpoint has no second opinion; tune.py gives it one")
     forest = candidates(mask, probs, post)
-    expected = opinion(describe(forest, probs))
+    expected = opinion(describe(forest, probs, scene))
     return forest.pick(expected - post.min_quality), np.append(np.float32(0), expected)
+
+
+def survey(samples: Iterable[Probs], post: Post, thresholds: Mapping[str, float]) -> Scene:
+    """What an image holds as a whole, by the maps of samples of it; for the policy ``forest``."""
+    forests = ((candidates(_above(probs, thresholds, "semantic"), probs, post), probs["semantic"]) for probs in samples)
+    return find_scene(list(forests))
 
 
 def candidates(mask: Mask, probs: Probs, post: Post) -> Forest:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from candidate import Scene
 from confidence import Opinion
 from config import CHECKPOINT_KEYS, Config, Valid
 from detector import MaskRCNN
@@ -24,7 +25,7 @@ from labels import pile, typical_diameter
 from model import load_model, memory_format, place
 from mosaic import PADDING, Mosaic, Read, busiest, needs_tiles
 from network import HEAD_CHANNELS, Network
-from postprocess import clean, expected_quality, instances, merge, merged_thresholds
+from postprocess import clean, expected_quality, instances, merge, merged_thresholds, survey
 from tile import cut_blocks, join, round_zoom
 from view import View, combine, show, undo, unzoom_maps, zoom_image
 
@@ -56,6 +57,8 @@ class Segmenter:
         See `helper.fingerprint`.
     opinion : Opinion, optional
         What ``tune.py`` has taught it; see `confidence`.
+    scene : Scene, optional
+        What an image of which parts are separated holds as a whole.
     """
 
     networks: Sequence[Network]
@@ -65,6 +68,7 @@ class Segmenter:
     saved: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     opinion: Opinion | None = None
+    scene: Scene | None = None
 
     def predict(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
         """The instances of an (H, W, 3) uint8 image, (H, W) int32, and the maps they were read off, as `probs` gives
@@ -199,10 +203,22 @@ class Segmenter:
 
     def look_around(self, read: Read, shape: tuple[int, int]) -> NDArray[np.int32]:
         """The instances of samples of a large image, as one label map: where it differs most from place to place."""
+        return pile([self.first_look(sample) for sample in self._samples(read, shape)])
+
+    def _samples(self, read: Read, shape: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
         valid = self.config.valid
         side = valid.tile or TILE
-        samples = busiest(read, shape, max(side - 2 * valid.border, side // 2), N_LOOKS)
-        return pile([self.first_look(sample) for sample in samples])
+        return busiest(read, shape, max(side - 2 * valid.border, side // 2), N_LOOKS)
+
+    def scene_of(self, read: Read, shape: tuple[int, int], zoom: float) -> Scene | None:
+        """What a large image holds as a whole, by samples; None without a second opinion, or a nucleus in them."""
+        if self.opinion is None or isinstance(self.networks[0], MaskRCNN):
+            return None
+        config = self.config
+        samples = [self.merge(self._see(sample, zoom, config.valid)) for sample in self._samples(read, shape)]
+        thresholds = merged_thresholds(samples[0], config.thresholds, config.valid.ensemble)
+        scene = survey(samples, config.post, thresholds)
+        return scene if len(scene.areas) else None
 
     def first_look(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an (H, W, 3) uint8 image as it is, from one view of it."""
@@ -224,7 +240,7 @@ class Segmenter:
         """The instances of probability maps by the rules of the settings, (H, W) int32."""
         config = self.config
         thresholds = merged_thresholds(probs, config.thresholds, config.valid.ensemble)
-        return instances(probs, config.post, thresholds, self.opinion and self.opinion.judge)
+        return instances(probs, config.post, thresholds, self.opinion and self.opinion.judge, self.scene)
 
     def quality(
         self, labels: NDArray[np.int32], probs: Mapping[str, NDArray[np.float32]]

@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,9 @@ from files import replacing
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp"})
+#: What scanners write, and folders: of such, an image may be too large to be anything but a loose one.
+SLIDE_SUFFIXES = frozenset({".svs", ".ndpi"})
+ZARR_SUFFIX = ".zarr"
 LABEL_FOLDERS = ("masks", "labels")
 LIST_SUFFIXES = frozenset({".txt", ".csv"})
 CSV_COLUMNS = ("source", "major_category", "sub_category", "patient", "origin")
@@ -77,9 +80,9 @@ def names_of(cell: str) -> tuple[str, ...]:
 def find_records(path: str | Path) -> list[Record]:
     """Find the images at `path`, in any of the layouts the toolkit reads.
 
-    One image file; a folder of loose images; the Kaggle layout (``<id>/images/<one image>``, ``<id>/masks/<one file per
-    nucleus>``), of one image or of many; a folder ``images`` with a folder ``masks`` or ``labels`` of label maps of
-    the same names.
+    One image file; a folder of loose images, slides (.svs, .ndpi, folders .zarr) among them; the Kaggle layout
+    (``<id>/images/<one image>``, ``<id>/masks/<one file per nucleus>``), of one image or of many; a folder ``images``
+    with a folder ``masks`` or ``labels`` of label maps of the same names.
 
     Returns
     -------
@@ -106,8 +109,10 @@ def find_records(path: str | Path) -> list[Record]:
     if (path / "images").is_dir():
         records = _label_map_layout(path) or [_kaggle_record(path)]
     else:
-        kaggle = [entry for entry in _subfolders(path) if (entry / "images").is_dir()]
-        records = [_kaggle_record(folder) for folder in kaggle] + [Record(file.stem, file) for file in _files(path)]
+        zarrs = [entry for entry in _subfolders(path) if entry.suffix.lower() == ZARR_SUFFIX]
+        kaggle = [entry for entry in _subfolders(path) if (entry / "images").is_dir() and entry not in zarrs]
+        loose = [*_files(path, IMAGE_SUFFIXES | SLIDE_SUFFIXES), *zarrs]
+        records = [_kaggle_record(folder) for folder in kaggle] + [Record(file.stem, file) for file in loose]
     if not records:
         raise ValueError(f"{path}: no image; wanted image files, or folders with an 'images' folder inside")
     for image_id, n in Counter(record.id for record in records).items():
@@ -392,10 +397,10 @@ def _subfolders(path: Path) -> list[Path]:
         return sorted(Path(e.path) for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, suffixes: Set[str] = IMAGE_SUFFIXES) -> list[Path]:
     with os.scandir(path) as entries:
         found = (Path(e.path) for e in entries if e.is_file() and not e.name.startswith("."))
-        return sorted(file for file in found if file.suffix.lower() in IMAGE_SUFFIXES)
+        return sorted(file for file in found if file.suffix.lower() in suffixes)
 
 
 def _kaggle_record(folder: Path) -> Record:

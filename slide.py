@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from config import DEFAULT_POLICY, Policy
 from image import TIFF_MAGIC, ImageError, find_range, has_alpha, pick_channels, to_uint8
-from mosaic import probe
+from mosaic import N_PROBES, probe
 from stain import see
 from tile import Window
 
@@ -80,8 +80,10 @@ class Slide:
         return pick_channels(array[..., :-1] if self.alpha else array, self.policy[0], self.path)
 
     def sampled(self) -> Slide:
-        """This slide with its limits."""
-        samples = [self._pick(window) for window in probe(self.shape)]
+        """This slide with its limits; of many samples every so many-th pixel, so that they do not fill the memory."""
+        places = probe(self.shape)
+        step = ceil(sqrt(len(places)) / N_PROBES)
+        samples = [np.array(self._pick(window)[::step, ::step]) for window in places]
         return Slide(
             self.path,
             self.pixels,
@@ -144,24 +146,34 @@ def is_slide(path: Path, megapixels: float) -> bool:
             if not file.read(4).startswith(TIFF_MAGIC):
                 return False
         with tifffile.TiffFile(path) as tiff:
-            series = tiff.series[0]
+            series = _largest(tiff)
             sides = [n for axis, n in zip(series.axes, series.shape, strict=True) if axis in "YX"]
-    except (OSError, tifffile.TiffFileError, IndexError):
+    except Exception:  # of odd files tifffile raises what it likes; who reads them as images will say what is wrong
         return False
     return prod(sides) > megapixels * 1e6
+
+
+def _largest(file: tifffile.TiffFile) -> tifffile.TiffPageSeries:
+    """The series of most pixels: others are overviews, labels and photographs of the glass."""
+
+    def pixels(series: tifffile.TiffPageSeries) -> int:
+        return prod(n for axis, n in zip(series.axes, series.shape, strict=True) if axis in "YX")
+
+    return max(file.series, key=pixels)
 
 
 def _open_tiff(path: Path) -> tuple[Any, str, bool]:
     """Pixels, axes without those of one, and whether there is opacity."""
     file = tifffile.TiffFile(path)
-    level = file.series[0].levels[0]
+    series = _largest(file)
+    level = series.levels[0]
     page = level.keyframe
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
         raise ImageError(f"{path}: has a palette; save it as RGB")
     if page.is_memmappable and len(level.pages) == 1:
-        pixels: Any = tifffile.memmap(path, series=0, level=0, mode="r")
+        pixels: Any = tifffile.memmap(path, series=file.series.index(series), level=0, mode="r")
     else:
-        pixels = zarr.open(file.series[0].aszarr(level=0), mode="r")
+        pixels = zarr.open(series.aszarr(level=0), mode="r")
     pixels, axes = _squeeze(path, pixels, level.axes)
     return pixels, axes, "S" in axes and has_alpha(page)
 

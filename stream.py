@@ -13,21 +13,27 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import tifffile
 import zarr
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+import parallel
 from annotation import geojson_features
+from candidate import Scene
 from detector import MaskRCNN
-from files import replacing
+from files import is_filled, replacing
+from helper import fingerprint
 from labels import typical_area, typical_diameter
 from mosaic import Maps, Mosaic
 from predict import Segmenter
@@ -38,8 +44,14 @@ from tile import Window, claim, cut_blocks, round_zoom
 CHUNK = 512
 #: How many times wider than at first a halo may become.
 MAX_HALO = 4
+#: Of ``[valid]`` what changes no nucleus: a run may go on under other values.
+NOT_OF_NUCLEI = (
+    "figure_pos_x", "figure_pos_y", "view_color_equalize", "print_table", "slide_size", "slide_labels",
+)  # fmt: skip
 GENERATOR = "nuclei toolkit"
-GEOJSON_HEAD = f'{{"type":"FeatureCollection","generator":"{GENERATOR}","features":[\n'
+#: How the outlines begin: which run they are of stands there, as the label map may be of another.
+GEOJSON_START = f'{{"type":"FeatureCollection","generator":"{GENERATOR}","key":"'
+GEOJSON_MIDDLE = '","features":[\n'
 GEOJSON_TAIL = "\n]}\n"
 
 
@@ -71,12 +83,15 @@ class Ledger:
     folder : Path
     shape : (int, int)
         Of the slide.
+    key : str
+        Of the run, see `identify`.
     blocks, nuclei, length : int
         How many blocks and nuclei are entered, and how long the file of outlines is, in bytes.
     """
 
     folder: Path
     shape: tuple[int, int]
+    key: str = ""
     blocks: int = 0
     nuclei: int = 0
     length: int = 0
@@ -92,8 +107,9 @@ class Ledger:
             with np.load(self.folder / "block.npz") as block:
                 self._enter(block)
         else:
-            (self.folder / "nuclei.geojson").write_bytes(GEOJSON_HEAD.encode())
-            self.length = len(GEOJSON_HEAD)
+            head = f"{GEOJSON_START}{self.key}{GEOJSON_MIDDLE}".encode()
+            (self.folder / "nuclei.geojson").write_bytes(head)
+            self.length = len(head)
 
     def read(self, window: Window) -> NDArray[np.uint32]:
         """What is written in a window, (h, w) uint32."""
@@ -127,6 +143,8 @@ class Ledger:
             file.truncate(length)
             file.seek(length)
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # the note of the next block replaces the only other copy
         self.blocks, self.nuclei, self.length = blocks + 1, nuclei + int(own.max(initial=0)), length + len(text)
 
 
@@ -147,12 +165,11 @@ class TileFiles:
 
     def get(self, index: tuple[int, int]) -> list[Maps]:
         """As `Mosaic.tile`."""
-        members: dict[int, Maps] = {}
-        with np.load(self._ensure(index)) as file:
-            for key in file.files:
-                number, head = key.split("/")
-                members.setdefault(int(number), {})[head] = file[key]
-        return [members[number] for number in sorted(members)]
+        try:
+            return self._load(index)
+        except (OSError, ValueError, EOFError, BadZipFile):  # half of it came to the disk before a power cut
+            self._path(index).unlink(missing_ok=True)
+            return self._load(index)
 
     def forget(self, row: int) -> None:
         """Remove the tiles that end above a row of the slide."""
@@ -161,8 +178,19 @@ class TileFiles:
             if strips[int(path.name.split("-")[0])].target.stop <= row:
                 path.unlink()
 
+    def _path(self, index: tuple[int, int]) -> Path:
+        return self.folder / f"{index[0]}-{index[1]}.npz"
+
+    def _load(self, index: tuple[int, int]) -> list[Maps]:
+        members: dict[int, Maps] = {}
+        with np.load(self._ensure(index)) as file:
+            for key in file.files:
+                number, head = key.split("/")
+                members.setdefault(int(number), {})[head] = file[key]
+        return [members[number] for number in sorted(members)]
+
     def _ensure(self, index: tuple[int, int]) -> Path:
-        path = self.folder / f"{index[0]}-{index[1]}.npz"
+        path = self._path(index)
         if path.is_file():
             return path
         with self.lock:
@@ -217,7 +245,7 @@ def run_blocks(
     pending: Future[None] | None = None
     with (
         ThreadPoolExecutor(1) as pool,
-        tqdm(total=len(cores), initial=ledger.blocks, disable=None, unit="block") as bar,
+        tqdm(total=len(cores), initial=ledger.blocks, disable=parallel.bar_off(), unit="block") as bar,
     ):
         for core in cores[ledger.blocks :]:
             prepare(core.widen(halo, ledger.shape))
@@ -246,9 +274,10 @@ def segment_slide(slide: Slide, segmenter: Segmenter, folder: Path, name: str) -
     Raises
     ------
     ValueError
-        The folder holds a run with other settings or of another image, or the settings want the whole image at once.
+        The folder holds a run with other settings or of another image, another process is at work on it, or the
+        settings want the whole image at once.
     FileExistsError
-        A file of that name is not of this toolkit.
+        A file or folder of such a name is not of this toolkit.
     """
     valid = segmenter.config.valid
     if not valid.pred_orig_size:
@@ -257,28 +286,58 @@ def segment_slide(slide: Slide, segmenter: Segmenter, folder: Path, name: str) -
     outlines, part = folder / f"{name}_nuclei.geojson", folder / f"{name}_part"
     key = identify(slide, segmenter)
     n_blocks = len(cut_blocks(slide.shape, valid.slide_block))
-    note = read_note(labels)
-    if note is not None and note.get("key") == key and outlines.is_file():
-        shutil.rmtree(part, ignore_errors=True)
+    note, known, plan = read_note(labels), read_key(outlines), read_plan(part)
+    if note is not None and note.get("key") == known == key:
+        if plan is not None and plan["key"] == key:
+            shutil.rmtree(part, ignore_errors=True)
         return Outcome(int(note["nuclei"]), (labels, outlines), n_blocks, n_blocks)
-    _refuse_foreign(outlines)
-    plan = make_plan(slide, segmenter, part, key)
-    ledger = Ledger(part, slide.shape)
+    if plan is None and is_filled(part):
+        raise FileExistsError(f"{part}: is there, and is no unfinished run; choose another --output")
+    with alone(part):
+        ledger, done = fill_ledger(slide, segmenter, part, key)
+        finish_files(ledger, labels, outlines, {"generator": GENERATOR, "key": key, "nuclei": ledger.nuclei})
+        shutil.rmtree(part)
+    return Outcome(ledger.nuclei, (labels, outlines), n_blocks, done)
+
+
+def fill_ledger(slide: Slide, segmenter: Segmenter, part: Path, key: str) -> tuple[Ledger, int]:
+    """The ledger of a slide with all its blocks, and how many of them it had before."""
+    valid, plan = segmenter.config.valid, make_plan(slide, segmenter, part, key)
+    ledger = Ledger(part, slide.shape, key)
     done = ledger.blocks
-    steady = settle(segmenter, plan["min_object_size"])
+    steady = settle(segmenter, plan)
     if isinstance(segmenter.networks[0], MaskRCNN):
         run_blocks(ledger, lambda window: steady(slide.read(window)), valid.slide_block, valid.slide_halo)
-    else:
-        mosaic = segmenter.mosaic(slide.read, slide.shape, float(Fraction(plan["zoom"])))
-        tiles = TileFiles(part / "tiles", mosaic)
+        return ledger, done
+    mosaic = segmenter.mosaic(slide.read, slide.shape, float(Fraction(plan["zoom"])))
+    tiles = TileFiles(part / "tiles", mosaic)
 
-        def separate(window: Window) -> NDArray[np.int32]:
-            return steady.separate(steady.merge(mosaic.blend(window, tiles.get)))
+    def separate(window: Window) -> NDArray[np.int32]:
+        return steady.separate(steady.merge(mosaic.blend(window, tiles.get)))
 
-        run_blocks(ledger, separate, valid.slide_block, valid.slide_halo, tiles.prepare, tiles.forget)
-    finish_files(ledger, labels, outlines, {"generator": GENERATOR, "key": key, "nuclei": ledger.nuclei})
-    shutil.rmtree(part)
-    return Outcome(ledger.nuclei, (labels, outlines), n_blocks, done)
+    run_blocks(ledger, separate, valid.slide_block, valid.slide_halo, tiles.prepare, tiles.forget)
+    return ledger, done
+
+
+@contextmanager
+def alone(part: Path) -> Iterator[None]:
+    """Be the only run at work in a folder; the system forgets it with the process, however that ends.
+
+    Raises
+    ------
+    ValueError
+        Another run is.
+    """
+    part.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(part / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{part}: another run is at work there; wait for it, or choose another --output") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def identify(slide: Slide, segmenter: Segmenter) -> str:
@@ -287,17 +346,30 @@ def identify(slide: Slide, segmenter: Segmenter) -> str:
         (slide.path / name for name in ("zarr.json", ".zarray", ".zgroup") if (slide.path / name).is_file()), slide.path
     )
     stat, config = os.stat(file), segmenter.config
-    settings = [config.valid.model_dump_json(), config.pre.model_dump_json(), config.post.model_dump_json()]
+    opinion = segmenter.opinion and fingerprint([{"weights": segmenter.opinion.state_dict()}])
     parts = [
         stat.st_size,
         stat.st_mtime_ns,
         slide.shape,
         segmenter.fingerprint,
-        [float(value.detach().sum()) for value in segmenter.opinion.parameters()] if segmenter.opinion else None,
-        *settings,
+        opinion,
+        config.valid.model_dump_json(exclude=set(NOT_OF_NUCLEI)),
+        config.pre.policy,
+        config.pre.nucleus_diameter,
+        config.contour.detect,
+        config.post.model_dump_json(),
         sorted(config.thresholds.items()),
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def read_plan(part: Path) -> dict[str, Any] | None:
+    """What an unfinished run has noted in its folder; None where there is none."""
+    try:
+        plan = json.loads((part / "plan.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return plan if isinstance(plan, dict) and plan.get("generator") == GENERATOR else None
 
 
 def make_plan(slide: Slide, segmenter: Segmenter, part: Path, key: str) -> dict[str, Any]:
@@ -308,26 +380,30 @@ def make_plan(slide: Slide, segmenter: Segmenter, part: Path, key: str) -> dict[
     ValueError
         That run was another one.
     """
-    path = part / "plan.json"
-    if path.is_file():
-        plan = json.loads(path.read_text())
+    if plan := read_plan(part):
         if plan["key"] != key:
             raise ValueError(f"{part}: an unfinished run of another image or with other settings; finish or delete it")
         return plan
     labels, post = segmenter.look_around(slide.read, slide.shape), segmenter.config.post
     zoom = round_zoom(segmenter.fit(typical_diameter(labels)))
     least = max(post.min_object_size, round(post.min_object_share * typical_area(labels)))
-    plan = {"key": key, "image": str(slide.path), "shape": slide.shape, "zoom": str(zoom), "min_object_size": least}
-    with replacing(path, sync=True) as stage:
+    plan = {"generator": GENERATOR, "key": key, "image": str(slide.path), "shape": slide.shape}
+    scene = segmenter.scene_of(slide.read, slide.shape, float(zoom))
+    plan |= {"zoom": str(zoom), "min_object_size": least, "scene": scene and (*scene[:2], scene.areas.tolist())}
+    with replacing(part / "plan.json", sync=True) as stage:
         stage.write_text(json.dumps(plan))
     return plan
 
 
-def settle(segmenter: Segmenter, min_object_size: int) -> Segmenter:
+def settle(segmenter: Segmenter, plan: dict[str, Any]) -> Segmenter:
     """With rules that do not depend on what else a block holds."""
-    rules = {"min_object_size": min_object_size, "min_object_share": 0.0, "filter_fiber": False}
-    config = segmenter.config
-    return replace(segmenter, config=config.model_copy(update={"post": config.post.model_copy(update=rules)}))
+    rules = {"min_object_size": plan["min_object_size"], "min_object_share": 0.0, "filter_fiber": False}
+    config, scene = segmenter.config, None
+    if plan["scene"]:
+        typical, semantic, areas = plan["scene"]
+        scene = Scene(typical, semantic, np.array(areas))
+    post = config.post.model_copy(update=rules)
+    return replace(segmenter, config=config.model_copy(update={"post": post}), scene=scene)
 
 
 def finish_files(ledger: Ledger, labels: Path, outlines: Path, note: dict[str, Any]) -> None:
@@ -381,11 +457,21 @@ def read_note(labels: Path) -> dict[str, Any] | None:
     return note
 
 
-def _refuse_foreign(outlines: Path) -> None:
-    if outlines.exists():
-        with outlines.open("rb") as file:
-            if file.read(len(GEOJSON_HEAD)) != GEOJSON_HEAD.encode():
-                raise FileExistsError(f"{outlines}: is there, and is no result of a slide; choose another --output")
+def read_key(outlines: Path) -> str | None:
+    """Which run the outlines are of; None where there are none.
+
+    Raises
+    ------
+    FileExistsError
+        There is something, and it is no result of a run.
+    """
+    if not outlines.exists():
+        return None
+    with outlines.open("rb") as file:
+        start, _, rest = file.read(len(GEOJSON_START) + 64).partition(GEOJSON_START.encode())
+    if start or not rest:
+        raise FileExistsError(f"{outlines}: is there, and is no result of a slide; choose another --output")
+    return rest.partition(b'"')[0].decode()
 
 
 def _cut_tiles(labels: Any) -> Iterator[NDArray[np.uint32]]:

@@ -155,11 +155,13 @@ def part_slides(
 ) -> tuple[list[Record], list[Record]]:
     """Images to be held in memory, and those that are too large for it."""
     slides = [record for record in records if not record.problem and is_slide(record.image, megapixels)]
-    asked = [name for name in ("csv", "iou", "save", *WRITERS) if name != "label" and getattr(args, name)]
+    asked = [
+        name for name in ("csv", "iou", "save", *WRITERS) if name not in ("label", "geojson") and getattr(args, name)
+    ]
     if slides and asked:
         raise ValueError(
             f"{slides[0].image}: a Zarr, or above [valid] slide_size = {megapixels:g} megapixels: it becomes a label "
-            f"map and outlines; --{asked[0]} is for images held in memory"
+            f"map and outlines; --{asked[0]} is for images held in memory, as a larger slide_size has TIFFs held"
         )
     large = {record.id for record in slides}
     return [record for record in records if record.id not in large], slides

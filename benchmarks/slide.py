@@ -16,12 +16,14 @@ import hashlib
 import json
 import os
 import resource
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -82,11 +84,18 @@ def sources(folder: Path) -> list[NDArray[np.uint8]]:
     data, images = os.environ.get("NUCLEI_DATA"), []
     if data:
         with zipfile.ZipFile(Path(data) / "stage1_train.zip") as archive:
-            for name in sorted(name for name in archive.namelist() if "/images/" in name and name.endswith(".png")):
-                image = read_image(archive.extract(name, folder / "images"))
-                if min(image.shape[:2]) >= LEAST and len(images) < N_IMAGES:
-                    images.append(image[:LEAST, :LEAST])
+            names = sorted(name for name in archive.namelist() if "/images/" in name and name.endswith(".png"))
+            large = (name for name in names if min(png_size(archive, name)) >= LEAST)
+            for name in islice(large, N_IMAGES):
+                images.append(read_image(archive.extract(name, folder / "images"))[:LEAST, :LEAST])
     return images or [draw_sample(seed, (LEAST, LEAST), n_nuclei=250)[0] for seed in range(N_IMAGES)]
+
+
+def png_size(archive: zipfile.ZipFile, name: str) -> tuple[int, int]:
+    """(width, height) of an image in a zip, by the head of its file alone."""
+    with archive.open(name) as file:
+        width, height = struct.unpack(">II", file.read(24)[16:])
+    return width, height
 
 
 def write_slide(path: Path, side: int, images: Sequence[NDArray[np.uint8]]) -> None:
@@ -178,7 +187,9 @@ def since(began: float) -> str:
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(folder.iterdir())}
+    """Of all files; those of a Zarr lie in folders of their own."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 from scipy import ndimage as ndi
 from skimage.measure import regionprops
 
-from candidate import FEATURES, Forest, describe, grow_forest
+from candidate import FEATURES, Forest, _sum_pixels, describe, find_scene, grow_forest
 from labels import depth
 
 SHAPE = (60, 90)
@@ -110,6 +111,47 @@ def test_features_of_a_union_are_those_of_one_piece():
         n = labels.max()
         alone = Forest(labels, np.full(n, -1), np.arange(1, n + 1), np.zeros(n), np.zeros(n))
         assert describe(alone, probs)[0, same] == pytest.approx(features[node, same], abs=1e-4)
+
+
+def test_a_part_is_seen_against_the_whole():
+    """A speck alone is no longer of typical size, and what parts know of the whole is what the whole knows."""
+    forest, probs = grow(CROWD)
+    speck, alone = grow(disks((8, 80, 5)))
+    whole = find_scene([(forest, probs["semantic"])])
+    assert np.array_equal(describe(forest, probs, whole), describe(forest, probs))
+    column = [FEATURES.index(name) for name in ("relative_area", "log_typical", "image_semantic", "rank")]
+    area, typical = (
+        np.count_nonzero(speck.atoms),
+        np.median(np.sort(np.repeat(*[np.bincount(forest.atoms.ravel())[1:]] * 2))),
+    )
+    known = describe(speck, alone, whole)[0, column]
+    assert known == pytest.approx([area / typical, np.log(typical), probs["semantic"][CROWD].mean(), 0], abs=1e-4)
+    assert describe(speck, alone)[0, column[0]] == 1
+
+
+def test_a_scene_of_samples_is_that_of_the_image():
+    forest, probs = grow(CROWD)
+    parts = []
+    for columns in (np.s_[:, :55], np.s_[:, 55:]):
+        mask = CROWD[columns]
+        cut = {head: p[columns] for head, p in probs.items()}
+        parts.append((grow_forest(mask, cut["marker"], -cut["marker"]), cut["semantic"]))
+    found, expected = find_scene(parts), find_scene([(forest, probs["semantic"])])
+    assert found.typical == expected.typical and found.semantic == pytest.approx(expected.semantic)
+    assert np.array_equal(found.areas, expected.areas)
+
+
+def test_the_background_costs_no_memory():
+    atoms = np.zeros((2000, 2000), np.int32)
+    atoms[900:1000, 900:1000] = 1
+    forest = Forest(atoms, np.array([-1]), np.array([1]), np.zeros(1), np.zeros(1))
+    semantic = np.zeros(atoms.shape, np.float32)
+    forest.members  # noqa: B018
+    tracemalloc.start()
+    _sum_pixels(atoms, {"semantic": semantic, "marker": semantic}, forest.members)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * atoms.size
 
 
 def test_shapes_are_those_of_scikit_image():

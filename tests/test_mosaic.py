@@ -111,6 +111,23 @@ def test_probes_are_spread_and_few():
     assert probe((50, 60)) == [whole((50, 60))]
 
 
+def test_a_narrow_piece_of_tissue_is_found_on_a_large_glass():
+    shape, needle = (100_000, 90_000), Span(43_000, 46_000)
+    places = probe(shape)
+    assert any(needle.start <= place.columns.start and place.columns.stop <= needle.stop for place in places)
+    starts = sorted({place.rows.start for place in places})
+    assert max(np.diff(starts)) <= 2048 and starts[0] <= 1024 and starts[-1] + 256 >= shape[0] - 1024
+    assert len(probe((16_384, 16_384))) == N_PROBES**2
+
+    def read(window):
+        columns = np.arange(*window.columns)
+        tissue = np.where((columns >= needle.start) & (columns < needle.stop), columns % 2 * 90, 240)
+        return np.broadcast_to(tissue[None, :, None], (*window.shape, 3)).astype(np.uint8)
+
+    narrow = (4000, shape[1])
+    assert all((sample == 90).any() for sample in busiest(read, narrow, 1000, 1))
+
+
 def test_samples_are_where_the_image_differs():
     image = np.zeros((2000, 2000, 3), np.uint8)
     image[1500:1800, 200:500] = picture(300, 300)

@@ -59,6 +59,16 @@ def test_a_folder_of_loose_images(tmp_path):
     assert all(record.masks is None for record in records)
 
 
+def test_slides_among_loose_images(tmp_path):
+    touch(
+        tmp_path, "a.png", "b.svs", "c.NDPI", "d.zarr/zarr.json", "d.zarr/images/x.png", "e/images/e.png", "f/zarr.json"
+    )
+    records = find_records(tmp_path)
+    assert [(r.id, r.image.name, r.problem) for r in records] == [
+        ("a", "a.png", ""), ("b", "b.svs", ""), ("c", "c.NDPI", ""), ("d", "d.zarr", ""), ("e", "e.png", ""),
+    ]  # fmt: skip
+
+
 def test_the_kaggle_layout(tmp_path):
     names = write_dataset(tmp_path, 3, shape=(64, 64))
     records = find_records(tmp_path)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import struct
+from xml.etree import ElementTree
+
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -22,8 +26,14 @@ def write_tiff(path, array, **options):
     tifffile.imwrite(path, array, tile=(64, 64), **options)
 
 
-def write_pyramid(path, array):
-    with tifffile.TiffWriter(path, bigtiff=True) as file:
+def write_series(path, *arrays, **options):
+    with tifffile.TiffWriter(path) as file:
+        for array in arrays:
+            file.write(array, tile=(64, 64), photometric="rgb", metadata=None, **options)
+
+
+def write_pyramid(path, array, ome=False):
+    with tifffile.TiffWriter(path, bigtiff=True, ome=ome) as file:
         file.write(array, subifds=1, tile=(64, 64), photometric="rgb")
         file.write(array[::2, ::2], subfiletype=1, tile=(64, 64), photometric="rgb")
 
@@ -48,6 +58,9 @@ FORMS = {
     "alpha": lambda path: write_tiff(
         path, np.dstack([RGB, RGB[..., :1]]), photometric="rgb", extrasamples=["unassalpha"]
     ),
+    "overview first": lambda path: write_series(path, RGB[::3, ::3], RGB, RGB[:20, :30]),
+    "overview first, compressed": lambda path: write_series(path, RGB[::3, ::3], RGB, compression="zlib"),
+    "ome pyramid": lambda path: write_pyramid(path, RGB, ome=True),
     "zarr": lambda path: write_zarr(path, RGB, (64, 64, 3)),
     "zarr, channels first": lambda path: write_zarr(path, RGB.transpose(2, 0, 1), (1, 64, 64)),
     "zarr, axes of one": lambda path: write_zarr(path, RGB.transpose(2, 0, 1)[None, :, None], (1, 3, 1, 64, 64)),
@@ -78,6 +91,45 @@ def test_a_large_slide_is_scaled_by_samples(tmp_path, monkeypatch):
     write_tiff(tmp_path / "a.tif", SIXTEEN)
     found = open_slide(tmp_path / "a.tif").read(PART).astype(int)
     assert np.abs(found - read_image(tmp_path / "a.tif")[PART.slices]).max() <= 3
+
+
+def test_tiles_of_jpeg_are_read(tmp_path):
+    smooth = cv2.GaussianBlur(RGB, (0, 0), 6)
+    write_tiff(tmp_path / "a.tif", smooth, photometric="rgb", compression="jpeg", compressionargs={"level": 95})
+    slide = open_slide(tmp_path / "a.tif", AS_IT_IS)
+    assert np.array_equal(slide.read(PART), read_image(tmp_path / "a.tif", stretch=False)[PART.slices])
+    assert np.abs(slide.read(PART).astype(int) - smooth[PART.slices]).max() <= 12
+
+
+def test_gray_with_opacity_is_read(tmp_path):
+    gray = np.dstack([RGB[..., 0], np.full(RGB.shape[:2], 255, np.uint8)])
+    write_tiff(tmp_path / "a.tif", gray, photometric="minisblack", extrasamples=["unassalpha"], planarconfig="contig")
+    slide = open_slide(tmp_path / "a.tif", AS_IT_IS)
+    assert np.array_equal(slide.read(PART), read_image(tmp_path / "a.tif", stretch=False)[PART.slices])
+    assert np.array_equal(slide.read(PART)[..., 1], RGB[PART.slices][..., 0])
+
+
+@pytest.mark.parametrize("error", [NotImplementedError, ElementTree.ParseError, KeyError, struct.error])
+def test_an_odd_file_is_no_slide_and_is_named(error, tmp_path, monkeypatch):
+    write_tiff(tmp_path / "a.tif", RGB, photometric="rgb")
+
+    def odd(*args, **options):
+        raise error("odd")
+
+    monkeypatch.setattr(tifffile.TiffFile, "series", property(odd))
+    assert not is_slide(tmp_path / "a.tif", 0.001)
+    with pytest.raises(ImageError, match="a.tif: not a slide"):
+        open_slide(tmp_path / "a.tif")
+
+
+def test_the_limits_of_a_large_glass_know_of_the_tissue_on_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("mosaic.PROBE", 8)
+    monkeypatch.setattr("mosaic.PROBE_STEP", 20)
+    glass = np.full((1000, 1000), 60_000, np.uint16)
+    glass[:, 505:530] = 9000  # between the places that eight along a side would be
+    write_tiff(tmp_path / "a.tif", glass)
+    low, high = open_slide(tmp_path / "a.tif").limits
+    assert low == 9000 and high == 60_000
 
 
 def test_ome_zarr_says_what_its_axes_are(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 import zarr
 
 import stream
-from config import Config
+from candidate import FEATURES
+from confidence import Opinion
+from config import Config, Contour, Post
 from labels import relabel, split_fragments
 from outline import draw, read_outlines
 from predict import Segmenter
@@ -55,16 +58,23 @@ def write(path: Path, truth: np.ndarray) -> Path:
     return path
 
 
-def segmenter(**valid) -> Segmenter:
+class Large(Opinion):
+    """Thinks well of what is not small beside the others."""
+
+    def judge(self, features):
+        return (features[:, FEATURES.index("relative_area")] > 0.5).astype(np.float32)
+
+
+def segmenter(diameter: float = 0, opinion: Opinion | None = None, **valid) -> Segmenter:
     settings = {"test_time_augment": (), "border": 8, "tile": 96, "tile_overlap": 16}
     settings |= {"slide_block": SIDE, "slide_halo": HALO, **valid}
-    rules = {"pre": {"nucleus_diameter": 0}, "post": {"segmentation": False}}
+    rules = {"pre": {"nucleus_diameter": diameter}, "post": {"segmentation": opinion is not None}}
     config = Config.model_validate({"valid": settings, **rules})
-    return Segmenter([Bright()], config, torch.device("cpu"), torch.float32)
+    return Segmenter([Bright()], config, torch.device("cpu"), torch.float32, opinion=opinion)
 
 
-def run(folder: Path, path: Path, **valid) -> stream.Outcome:
-    network = segmenter(**valid)
+def run(folder: Path, path: Path, **options) -> stream.Outcome:
+    network = segmenter(**options)
     return segment_slide(open_slide(path, network.config.pre.policy), network, folder, "a")
 
 
@@ -88,6 +98,29 @@ def test_every_nucleus_once_as_in_memory(tmp_path):
     assert outcome.nuclei == expected.max() == truth.max()
     assert same_nuclei(found, truth) and same_nuclei(found, expected)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a_labels.tif", "a_nuclei.geojson"]
+
+
+def test_a_slide_is_brought_to_size_as_an_image_is(tmp_path):
+    truth = scene()
+    path = write(tmp_path / "a.tif", truth)
+    network = segmenter(diameter=21)
+    assert network.zoom(tifffile.imread(path)) == 1.5
+    plan = stream.make_plan(open_slide(path), network, tmp_path / "plan", "key")
+    assert plan["zoom"] == "3/2"
+    found = tifffile.imread(run(tmp_path, path, diameter=21).files[0])
+    assert same_nuclei(found, network(tifffile.imread(path)))
+
+
+def test_an_opinion_sees_a_block_against_the_whole_slide(tmp_path, monkeypatch):
+    """A speck is all that its block holds, and is still a speck."""
+    monkeypatch.setattr("mosaic.PROBE", 64)  # so that several samples fit into a small slide
+    truth, (y, x) = np.zeros(SHAPE, np.int32), np.indices(SHAPE)
+    for number, (cy, cx, r) in enumerate([(30, 30, 8), (90, 60, 8), (60, 100, 8), (280, 400, 4)], start=1):
+        truth[np.hypot(y - cy, x - cx) <= r] = number
+    path = write(tmp_path / "a.tif", truth)
+    outcome = run(tmp_path, path, opinion=Large())
+    assert same_nuclei(tifffile.imread(outcome.files[0]), np.where(truth == 4, 0, truth))
+    assert segmenter(opinion=Large())(tifffile.imread(path)).max() == outcome.nuclei == 3
 
 
 def test_the_outlines_are_those_of_the_labels(tmp_path):
@@ -127,7 +160,8 @@ def test_a_run_that_is_cut_off_ends_the_same(where, labels, tmp_path, monkeypatc
         assert (out / "a_part" / "plan.json").is_file()
         again = run(out, path, slide_labels=labels)
         assert again.nuclei == whole.nuclei
-        assert again.done >= (0 if where == "tile" else count)
+        n_done = {"note": count, "enter": count + 1, "finish": again.blocks, "last": again.blocks}
+        assert where == "tile" or again.done == n_done[where]
         assert again.files[1].read_bytes() == whole.files[1].read_bytes()
         assert np.array_equal(read(again.files[0]), read(whole.files[0]))
         assert not (out / "a_part").exists()
@@ -205,6 +239,96 @@ def test_other_settings_do_not_go_on_with_a_run(tmp_path, monkeypatch):
             run(tmp_path, path)
     with pytest.raises(ValueError, match="a_part: an unfinished run"):
         run(tmp_path, path, slide_block=64)
+
+
+def test_settings_that_change_no_nucleus_do_not_matter(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.tif", scene())
+    with monkeypatch.context() as patch:
+        cut_off(patch, "note", 2)
+        with pytest.raises(Cut):
+            run(tmp_path, path)
+    assert run(tmp_path, path, print_table=True, figure_pos_x=3, slide_size=2, slide_labels="zarr").done == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda network: {"opinion": Large()},
+        lambda network: {"config": network.config.model_copy(update={"contour": Contour(detect=False)})},
+        lambda network: {"config": network.config.model_copy(update={"post": Post(grow=1)})},
+        lambda network: {"fingerprint": "other"},
+    ],
+)
+def test_a_run_is_known_by_what_changes_nuclei(other, tmp_path):
+    slide, network = open_slide(write(tmp_path / "a.tif", scene())), segmenter()
+    assert stream.identify(slide, network) != stream.identify(slide, replace(network, **other(network)))
+    assert stream.identify(slide, network) == stream.identify(slide, segmenter())
+
+
+def test_opinions_are_told_apart_by_all_they_say(tmp_path):
+    """Their sums may be the same, and what they were taught to expect is no parameter."""
+    slide, one = open_slide(write(tmp_path / "a.tif", scene())), Opinion()
+    two = Opinion.load(one.state_dict())
+    two.mean += 1
+    assert stream.identify(slide, segmenter(opinion=one)) != stream.identify(slide, segmenter(opinion=two))
+
+
+def test_a_folder_of_others_stays(tmp_path):
+    path = write(tmp_path / "a.tif", scene())
+    (tmp_path / "a_part" / "tiles").mkdir(parents=True)
+    (tmp_path / "a_part" / "tiles" / "0-0.npz").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="a_part: is there, and is no unfinished run"):
+        run(tmp_path, path)
+    (tmp_path / "a_part" / "plan.json").write_text('{"key": "of another program"}')
+    with pytest.raises(FileExistsError, match="a_part"):
+        run(tmp_path, path)
+    assert (tmp_path / "a_part" / "tiles" / "0-0.npz").read_bytes() == b"mine"
+    assert len(list((tmp_path / "a_part").rglob("*"))) == 3
+
+
+def test_results_of_some_settings_leave_the_unfinished_run_of_others(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.tif", scene())
+    first = run(tmp_path, path)
+    with monkeypatch.context() as patch:
+        cut_off(patch, "note", 3)
+        with pytest.raises(Cut):
+            run(tmp_path, path, slide_block=64)
+    assert run(tmp_path, path).done == first.blocks
+    assert run(tmp_path, path, slide_block=64).done == 3
+
+
+def test_results_of_two_runs_are_not_taken_for_one(tmp_path, monkeypatch):
+    """The outlines of the second are there, its label map is not."""
+    path = write(tmp_path / "a.tif", scene())
+    run(tmp_path, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_cut_tiles", lambda labels: iter([np.zeros((CHUNK, CHUNK), np.uint32), 1 / 0]))
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, path, slide_block=64)
+    with pytest.raises(ValueError, match="an unfinished run"):
+        run(tmp_path, path)
+    again = run(tmp_path, path, slide_block=64)
+    assert again.done == again.blocks
+    assert json.loads(again.files[1].read_text())["key"] == stream.read_note(again.files[0])["key"]
+
+
+def test_one_run_at_a_time(tmp_path):
+    path = write(tmp_path / "a.tif", scene())
+    with stream.alone(tmp_path / "a_part"), pytest.raises(ValueError, match="another run is at work"):
+        run(tmp_path, path)
+    assert run(tmp_path, path).nuclei
+
+
+def test_half_a_tile_is_computed_again(tmp_path):
+    network = segmenter()
+    slide = open_slide(write(tmp_path / "a.tif", scene()))
+    files = stream.TileFiles(tmp_path / "tiles", network.mosaic(slide.read, slide.shape, 1.0))
+    (expected,) = files.get((0, 0))
+    path = tmp_path / "tiles" / "0-0.npz"
+    for broken in (path.read_bytes()[:500], b"", b"\0" * 500):
+        path.write_bytes(broken)
+        (found,) = files.get((0, 0))
+        assert np.array_equal(found["semantic"], expected["semantic"])
 
 
 @pytest.mark.parametrize("name", ["a_labels.tif", "a_nuclei.geojson"])

@@ -127,6 +127,33 @@ def test_a_nucleus_that_blocks_see_differently_is_counted_once(shift):
     assert found == 1
 
 
+@pytest.mark.parametrize("share", [0.4, 0.45, 0.49])
+@pytest.mark.parametrize("shape", ["disk", "slanting", "long"])
+def test_a_nucleus_of_which_a_block_has_written_a_part_is_counted_once(shape, share):
+    y, x = np.indices((60, 64))
+    across = {"disk": x, "slanting": x + y, "long": x}[shape]
+    truth = np.hypot((y - 30) / (0.5 if shape == "long" else 1), x - 36) <= 12
+    written = np.where(truth & (across < np.quantile(across[truth], share)), 7, 0)
+    written[2:6, 2:6] = 3
+    core = cut_blocks(truth.shape, 32)[1]
+    window = core.widen(16, truth.shape)
+    seen = truth.astype(np.int32)[window.slices]
+    assert 0.3 < np.count_nonzero(written == 7) / truth.sum() < 0.5
+    assert not claim(seen, window, core, truth.shape, written[window.slices])[0].any()
+
+
+def test_what_touches_a_written_nucleus_or_holds_a_speck_is_a_nucleus_all_the_same():
+    y, x = np.indices((60, 90))
+    left, right = (np.hypot(y - 16, x - cx) <= r for cx, r in ((24, 9), (40, 10)))
+    core = cut_blocks(left.shape, 32)[1]
+    window = core.widen(16, left.shape)
+    both = (left | right).astype(np.int32)[window.slices]
+    own, _ = claim(both, window, core, left.shape, np.where(left & ~right, 5, 0)[window.slices])
+    assert own.max() == 1
+    own, _ = claim(both, window, core, left.shape, np.where(np.hypot(y - 16, x - 40) < 3, 5, 0)[window.slices])
+    assert own.max() == 1
+
+
 def test_a_nucleus_the_window_ends_in_asks_for_more():
     truth = np.zeros((20, 100), np.int32)
     truth[8:12, 5:60] = 1

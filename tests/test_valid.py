@@ -155,6 +155,7 @@ def test_valid_streams_a_slide(trained, tmp_path, capsys):
     labels = tifffile.imread("out/big_labels.tif")
     assert labels.shape == (192, 256) and f"{labels.max()} nuclei in 192 x 256 pixels, 4 blocks" in said
     assert len(json.loads(Path("out/big_nuclei.geojson").read_text())["features"]) == labels.max()
+    assert valid.main([*arguments, "--label", "--geojson"]) == 0
     assert valid.main([*arguments, "--csv"]) == 2
     assert "--csv is for images held in memory" in capsys.readouterr().err
     (tmp_path / "stack.zarr").mkdir()
