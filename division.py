@@ -305,6 +305,40 @@ def group_records(records: Sequence[Record], by: str = "patient") -> list[list[R
     return list(groups.values())
 
 
+def find_parted(
+    new: Sequence[Record], here: Sequence[Record], there: Sequence[Record], by: str = "patient"
+) -> dict[str, list[str]]:
+    """Which of the `new` records would be parted from kin if they joined those that are `here`.
+
+    Parameters
+    ----------
+    new : sequence of Record
+        They join one by one; one that would be parted stays away, so it makes no kin of others.
+    here, there : sequence of Record
+        The two sides of a division.
+    by : {'patient', 'image'}
+        As in `group_records`.
+
+    Returns
+    -------
+    dict
+        Id of a new record -> ids of its kin `there`.
+    """
+    wanted, others = {record.id for record in new}, {record.id for record in there}
+    parted: dict[str, list[str]] = {}
+    for group in group_records([*here, *there, *new], by):
+        if others.isdisjoint(record.id for record in group):
+            continue
+        joined = [record for record in group if record.id not in wanted]
+        for record in (record for record in group if record.id in wanted):
+            (kin,) = (kin for kin in group_records([*joined, record], by) if record in kin)
+            if across := [other.id for other in kin if other.id in others]:
+                parted[record.id] = across
+            else:
+                joined.append(record)
+    return parted
+
+
 def format_epoch(train: Sequence[Record], valid: Sequence[Record], weights: NDArray[np.float64] | None) -> str:
     """A table of what an epoch will contain: a line a sub-category, to print.
 

@@ -12,6 +12,7 @@ import pytest
 from config import Dataset, load_config
 from division import (
     divide_records,
+    find_parted,
     fold_records,
     format_epoch,
     group_records,
@@ -78,6 +79,17 @@ def test_kin_are_found_over_patients_and_mixtures():
     assert groups == [["a"], ["b"], ["c", "d", "e", "x"]]
     by_image = [ids(group) for group in group_records([*c, *d, derive_record("c_1", Path("x"), c)], by="image")]
     assert by_image == [["c", "c_1"], ["d"]]
+
+
+def test_what_would_be_parted_from_kin_is_found_and_ties_nobody():
+    here, there = plain("a", patient="1"), plain("v", patient="7") + plain("w")
+    mixture = derive_record("m", Path("m"), [*here, *there])
+    new = [*plain("b", patient="7"), derive_record("w_0_0", Path("x"), there[1:]), mixture, *plain("c", patient="1")]
+    assert find_parted(new, here, there) == {"b": ["v"], "w_0_0": ["w"], "m": ["v", "w"]}
+    assert find_parted(new, here, there, by="image") == {"w_0_0": ["w"], "m": ["v", "w"]}
+    chain = plain("x", patient="9") + [derive_record("y", Path("y"), [*plain("v"), *plain("q", patient="9")])]
+    assert find_parted(chain, here, there) == {"y": ["v"]}
+    assert find_parted([], here, there) == find_parted(new, here, []) == {}
 
 
 # Splits
