@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,16 +16,31 @@ from tqdm import tqdm
 
 from annotation import write_sample
 from config import DEFAULT_POLICY, Policy
+from division import find_parted
 from image import ImageError, read_image, read_labels, read_mask, read_pixels
 from labels import same_instances
 from likeness import pixel_hash
 from outline import Annotation, draw, read_outlines
-from record import SEPARATOR, Record, book_rows, find_clash, find_records, names_of, read_table, write_table
+from record import (
+    SEPARATOR,
+    Record,
+    book_rows,
+    describe_records,
+    find_clash,
+    find_records,
+    names_of,
+    read_table,
+    write_table,
+)
 
 logger = logging.getLogger(__name__)
 
 OUTLINE_SUFFIXES = frozenset({".xml", ".json", ".geojson"})
 SIDES = ("train", "valid")
+#: Folder of the data folder that prediction writes to, by the ids of images; it holds none.
+PREDICTED = "predict"
+#: Images that a line names, before it only counts.
+N_NAMED = 3
 
 
 class Source(NamedTuple):
@@ -63,6 +79,10 @@ class Outcome:
         Rows of the table that came or went.
     folder : path
         Where the images are now.
+    tables : dict of str to path
+        Of a removal: ``train`` and ``valid``, as far as anything came from there, and the table of what did.
+    derived : list of str
+        Of a removal: images of the data set that were made from what was removed, and stay.
     """
 
     folder: Path
@@ -71,6 +91,8 @@ class Outcome:
     refused: list[str] = field(default_factory=list)
     n_nuclei: int = 0
     n_rows: int = 0
+    tables: dict[str, Path] = field(default_factory=dict)
+    derived: list[str] = field(default_factory=list)
 
 
 def sides_of(data: Path) -> dict[str, Path]:
@@ -131,6 +153,30 @@ def find_sources(folder: Path, outlines: Path | None = None) -> tuple[list[Sourc
     return [Source(record, annotations.get(record.id)) for record in records], unused
 
 
+def describe_sources(
+    sources: Sequence[Source], own: Path, given: Mapping[str, str]
+) -> tuple[list[Source], dict[str, dict[str, str]], list[str]]:
+    """The images of which something is known, a row of each, and a line for each of which nothing is.
+
+    Parameters
+    ----------
+    own : path
+        The table that came with the images; it need not be there.
+    given : mapping
+        Column -> what the user says of all; it counts more than the table. With a ``source`` no image needs a row.
+    """
+    known = read_table(own) if own.is_file() else {}
+    described = [source for source in sources if "source" in given or source.record.id in known]
+    rows = {record.id: {**known.get(record.id, {}), **given} for record, _ in described}
+    lines = [
+        f"{source.record.image}: {own} has no row '{source.record.id}', so its patient would be lost; "
+        "take its row along (prepare.py remove says where it is), or name a --source"
+        for source in sources
+        if source.record.id not in rows
+    ]
+    return described, rows, lines
+
+
 def add_images(
     sources: Sequence[Source],
     data: Path,
@@ -140,6 +186,7 @@ def add_images(
     side: str = "train",
     prefix: str = "",
     policy: Policy = DEFAULT_POLICY,
+    by: str = "patient",
     dry_run: bool = False,
 ) -> Outcome:
     """Place images in the data set and book them.
@@ -161,6 +208,9 @@ def add_images(
         Stands before each id, of the images and of what they were made from, where that comes with them.
     policy
         How the settings want images read, as `image.read_image` takes it: what cannot be read so is refused.
+    by
+        What makes kin, as `division.group_records` takes it: an image for ``train`` is refused where it has kin in
+        ``valid``, and the other way round. Empty where folders do not say which images validate.
     """
     folders = sides_of(data)
     target = folders.get(side, data / side)
@@ -168,6 +218,7 @@ def add_images(
     taken = {name for twins in existing.values() for name, _ in twins}
     booked = read_table(table) if table.is_file() else {}
     wanted = _prefixed(rows, prefix, {source.record.id for source in sources})
+    parted = _parted({prefix + record.id: record for record, _ in sources}, folders, side, wanted | booked, by)
     outcome = Outcome(target)
     for source in tqdm(sources, "adding", unit="image", disable=None):
         name = prefix + source.record.id
@@ -182,6 +233,8 @@ def add_images(
                 raise ImageError(
                     f"{source.record.image}: another image is called {name} already; --prefix gives new names"
                 )
+            if name in parted:
+                raise ImageError(f"{source.record.image}: {parted[name]}")
             outcome.n_nuclei += _place(source, target / name, outcome.refused, dry_run)
             outcome.done.append(name)
             existing[digest] = [(name, source)]
@@ -194,12 +247,29 @@ def add_images(
 
 
 def remove_images(
-    data: Path, table: Path, ids: Iterable[str] = (), sources: Iterable[str] = (), *, dry_run: bool = False
+    data: Path,
+    table: Path,
+    ids: Iterable[str] = (),
+    sources: Iterable[str] = (),
+    *,
+    derived: bool = False,
+    dry_run: bool = False,
 ) -> Outcome:
     """Move images, and their rows, out of the data set into ``removed/<side>`` of the data folder.
 
     Nothing is deleted: adding that folder brings them back. The table keeps the rows of images that another folder of
     the data folder still holds, or these would lose their patient; a row without any image goes.
+
+    Parameters
+    ----------
+    data, table
+        The data folder and the CSV that describes its images.
+    ids, sources
+        Which images: by id, and all of a ``source``.
+    derived
+        Take along what was made from them: pieces, copies, mixtures.
+    dry_run
+        Say what would be done, and do nothing.
 
     Raises
     ------
@@ -209,35 +279,81 @@ def remove_images(
     ids, sources = set(ids), set(sources)
     rows = read_table(table) if table.is_file() else {}
     chosen = {name for name, row in rows.items() if row.get("source") in sources} | ids
-    moves = [
-        (side, folder / record.id)
-        for side, folder in sides_of(data).items()
-        for record in _kaggle_records(folder)
-        if record.id in chosen
+    there = [
+        (side, folder / record.id) for side, folder in sides_of(data).items() for record in _kaggle_records(folder)
     ]
+    made = _made_from(chosen, {path.name for _, path in there}, rows)
+    chosen |= made if derived else set()
+    moves = [(side, path) for side, path in there if path.name in chosen]
     paths = {path for _, path in moves}
     moved = {path.name for path in paths}
     held = _held(data, paths)
     gone = (chosen & set(rows)) - held
     outcome = Outcome(_fresh(data / "removed"), done=[path.name for _, path in moves], n_rows=len(gone))
+    outcome.derived = sorted(made - moved)
     outcome.refused = [
         f"{name}: no image of that id in {' or '.join(sides_of(data))}" + (", its row stays" if name in rows else "")
         for name in sorted(ids - moved - gone)
+        if not _made_from({name}, moved, rows)
     ]
     if not moves and not gone:
         what = [f"source {name}" for name in sorted(sources)] + sorted(ids)
-        raise ValueError(f"{data}: nothing to remove of {', '.join(what)} in {' or '.join(sides_of(data))}")
+        hint = f"; --derived takes what was made from it: {name_some(outcome.derived)}" if outcome.derived else ""
+        raise ValueError(f"{data}: nothing to remove of {', '.join(what)} in {' or '.join(sides_of(data))}{hint}")
+    parts = _part_rows(moves, {name: rows[name] for name in chosen & set(rows) & (moved | gone)})
+    outcome.tables = {side: outcome.folder / side / "dataset.csv" for side in parts}
     if not dry_run:
-        _move(moves, outcome.folder, {name: rows[name] for name in chosen & set(rows) & (moved | gone)})
+        for side, part in parts.items():  # the rows go first: whatever is cut off behind this, none is lost
+            write_table(outcome.tables[side], part)
+        for side, path in moves:
+            path.rename(outcome.folder / side / path.name)
         if gone:
             write_table(table, {name: row for name, row in rows.items() if name not in gone})
     return outcome
 
 
+def name_some(names: Sequence[str]) -> str:
+    """The first few of some names, and how many there are, in words."""
+    more = f", ... ({len(names)} in all)" if len(names) > N_NAMED else ""
+    return ", ".join(names[:N_NAMED]) + more
+
+
 def _held(data: Path, moved: set[Path]) -> set[str]:
     """Names of what lies in the folders of the data folder, but for what is moved: images, or folders of one."""
-    there = (path for pattern in ("*/*", "*/images/*") for path in data.glob(pattern) if path not in moved)
-    return {name for path in there for name in (path.name, path.stem)}
+    folders = (folder for folder in data.glob("*") if folder.name != PREDICTED)
+    there = (path for folder in folders for pattern in ("*", "images/*") for path in folder.glob(pattern))
+    return {name for path in there if path not in moved for name in (path.name, path.stem)}
+
+
+def _made_from(chosen: set[str], names: set[str], rows: Mapping[str, Mapping[str, str]]) -> set[str]:
+    """Which of some images were made from chosen ones, and are not chosen themselves."""
+    return {
+        name
+        for name in names - chosen
+        if name in rows and not chosen.isdisjoint(names_of(rows[name].get("origin") or ""))
+    }
+
+
+def _parted(
+    new: Mapping[str, Record],
+    folders: Mapping[str, Path],
+    side: str,
+    table: dict[str, dict[str, str]],
+    by: str,
+) -> dict[str, str]:
+    """Why images, by their id in the data set, must not go to a side: they have kin on the other."""
+    if side not in SIDES or not by:
+        return {}
+    other = SIDES[1 - SIDES.index(side)]
+    here, there = (
+        describe_records(records_in(folders[name]) if name in folders else [], table) for name in (side, other)
+    )
+    taken = {record.id for record in (*here, *there)}
+    strangers = [replace(record, id=name) for name, record in new.items() if name not in taken]
+    return {
+        name: f"has kin in {folders[other]}: {name_some(kin)}; --to {other} keeps them together"
+        for name, kin in find_parted(describe_records(strangers, table), here, there, by).items()
+    }
 
 
 def _kaggle_records(folder: Path) -> list[Record]:
@@ -308,8 +424,7 @@ def _unused(path: Path, found: Iterable[str], wanted: set[str], masked: set[str]
         for name in sorted(masked.intersection(found))
     ]
     if lost := sorted(set(found) - wanted - masked):
-        more = f", ... ({len(lost)} in all)" if len(lost) > 3 else ""
-        lines.append(f"{path.name}: outlines of {', '.join(lost[:3])}{more}, and there is no such image")
+        lines.append(f"{path.name}: outlines of {name_some(lost)}, and there is no such image")
     return lines
 
 
@@ -363,13 +478,13 @@ def _fresh(path: Path) -> Path:
     return found
 
 
-def _move(moves: Sequence[tuple[str, Path]], target: Path, rows: Mapping[str, Mapping[str, str]]) -> None:
-    """The rows go first: whatever is cut off behind this, none is lost."""
-    side_of = {path.name: side for side, path in moves}
-    for side in sorted({*side_of.values(), *(["train"] if set(rows) - set(side_of) else [])}):
-        write_table(
-            target / side / "dataset.csv",
-            {name: row for name, row in rows.items() if side_of.get(name, "train") == side},
-        )
+def _part_rows(
+    moves: Sequence[tuple[str, Path]], rows: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, Mapping[str, str]]]:
+    """Side -> the rows of its images; an image of both sides has its row in both, a row without image in the first."""
+    parts: dict[str, dict[str, Mapping[str, str]]] = defaultdict(dict)
     for side, path in moves:
-        path.rename(target / side / path.name)
+        parts[side] |= {path.name: rows[path.name]} if path.name in rows else {}
+    for name in sorted(set(rows) - {path.name for _, path in moves}):
+        parts[SIDES[0]][name] = rows[name]
+    return dict(parts)

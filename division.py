@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from columns import align
-from config import Dataset
+from config import SPLIT_KEYS, Config, Dataset
 from files import is_filled
 from record import (
     CSV_COLUMNS,
@@ -31,8 +32,9 @@ from record import (
 
 logger = logging.getLogger(__name__)
 
-#: The settings that choose images.
-LISTS = tuple(f"{side}{name}" for side in ("", "train_", "valid_") for name in (*CSV_COLUMNS[:3], "blacklist"))
+#: The settings that choose images before they are divided, and all that choose images.
+COMMON_LISTS = (*CSV_COLUMNS[:3], "blacklist")
+LISTS = tuple(f"{side}{name}" for side in ("", "train_", "valid_") for name in COMMON_LISTS)
 
 
 def load_split(data: Path, options: Dataset) -> tuple[list[Record], list[Record]]:
@@ -47,6 +49,40 @@ def load_split(data: Path, options: Dataset) -> tuple[list[Record], list[Record]
     if not options.divides and (data / "valid").is_dir():
         return _filter_sides(records, load_records(data / "valid", data, options), options)
     return divide_records(records, options)
+
+
+def recall_side(data: Path, config: Config, saved: Mapping[str, Any], side: str) -> list[Record]:
+    """The training or the validation images of a network that is there, as far as the user wants them now.
+
+    Which images a ratio or folds choose depends on what is divided. So the lists that the network was trained with are
+    applied before the division, and those that the user sets now behind it: they leave images out, and never bring one
+    that was trained on among those that validate.
+
+    Parameters
+    ----------
+    data : path
+        The data folder.
+    config : Config
+        Where the user set how to divide, that counts.
+    saved : mapping
+        The settings of the training, as `Config.to_dict` makes them. Where they say nothing of the data, as those of an
+        exported network, all is as the settings have it now.
+    side : {'train', 'valid'}
+
+    Raises
+    ------
+    ValueError
+        No image passes the lists.
+    """
+    options = config.inherit(saved, SPLIT_KEYS).dataset
+    if side == "valid" and not options.divides and (data / "valid").is_dir():  # data/train need not be there
+        return filter_records(load_records(data / "valid", data, options), options, side)
+    if "dataset" in saved:
+        then = {name: tuple(saved["dataset"].get(name, ())) for name in COMMON_LISTS}
+        train, valid = load_split(data, options.model_copy(update=then))
+    else:
+        train, valid = load_split(data, options)
+    return filter_records(train if side == "train" else valid, options)
 
 
 def divide_records(records: Sequence[Record], options: Dataset) -> tuple[list[Record], list[Record]]:
@@ -267,6 +303,40 @@ def group_records(records: Sequence[Record], by: str = "patient") -> list[list[R
     for record in ordered:
         groups[find(f"image {record.id}")].append(record)
     return list(groups.values())
+
+
+def find_parted(
+    new: Sequence[Record], here: Sequence[Record], there: Sequence[Record], by: str = "patient"
+) -> dict[str, list[str]]:
+    """Which of the `new` records would be parted from kin if they joined those that are `here`.
+
+    Parameters
+    ----------
+    new : sequence of Record
+        They join one by one; one that would be parted stays away, so it makes no kin of others.
+    here, there : sequence of Record
+        The two sides of a division.
+    by : {'patient', 'image'}
+        As in `group_records`.
+
+    Returns
+    -------
+    dict
+        Id of a new record -> ids of its kin `there`.
+    """
+    wanted, others = {record.id for record in new}, {record.id for record in there}
+    parted: dict[str, list[str]] = {}
+    for group in group_records([*here, *there, *new], by):
+        if others.isdisjoint(record.id for record in group):
+            continue
+        joined = [record for record in group if record.id not in wanted]
+        for record in (record for record in group if record.id in wanted):
+            (kin,) = (kin for kin in group_records([*joined, record], by) if record in kin)
+            if across := [other.id for other in kin if other.id in others]:
+                parted[record.id] = across
+            else:
+                joined.append(record)
+    return parted
 
 
 def format_epoch(train: Sequence[Record], valid: Sequence[Record], weights: NDArray[np.float64] | None) -> str:

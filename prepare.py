@@ -25,7 +25,17 @@ from pathlib import Path
 
 from annotation import read_csv
 from audit import BANNED, PROBLEMS, UNUSABLE, audit, extend_blacklist, write_report
-from collect import Outcome, add_images, find_sources, ids_in, records_in, remove_images, sides_of
+from collect import (
+    Outcome,
+    add_images,
+    describe_sources,
+    find_sources,
+    ids_in,
+    name_some,
+    records_in,
+    remove_images,
+    sides_of,
+)
 from columns import align
 from config import Config, add_arguments, edit_ini, load_config
 from dataset import open_cache
@@ -35,7 +45,7 @@ from files import replacing
 from helper import make_parser, run_script
 from plot import histograms, save
 from record import describe_records, find_records, format_counts, read_table, table_path
-from survey import COLUMNS, alpha_lines, channel_statistics, series, survey, table
+from survey import COLUMNS, Survey, alpha_lines, channel_statistics, series, survey, table
 from synthetic import image_ids, write_dataset
 
 
@@ -89,21 +99,21 @@ def add(config: Config, args: argparse.Namespace) -> int:
     if args.source is None and not own.is_file():
         raise ValueError(f"--source: wanted a name for where these images come from, as {own} does not say")
     table = table_path(args.data, config.dataset)
-    known = read_table(own) if own.is_file() else {}
     given = {"source": args.source, "major_category": args.major, "sub_category": args.sub, "patient": args.patient}
     chosen = {column: value for column, value in given.items() if value is not None}
-    rows = {record.id: {**known.get(record.id, {}), **chosen} for record, _ in sources}
+    described, rows, unknown = describe_sources(sources, own, chosen)
     outcome = add_images(
-        sources,
+        described,
         args.data,
         table,
         rows,
         side=args.to,
         prefix=args.prefix,
         policy=config.pre.policy,
+        by="" if config.dataset.divides else config.dataset.cv_group,
         dry_run=args.dry_run,
     )
-    outcome.refused = unused + outcome.refused
+    outcome.refused = unused + unknown + outcome.refused
     would = "would be " if args.dry_run else ""
     n_outlines = sum(len(found.outlines) + len(found.refused) for _, found in sources if found)
     print(f"{args.folder}: {len(sources)} images" + (f", {n_outlines} outlines" if n_outlines else ""))
@@ -118,8 +128,12 @@ def remove(config: Config, args: argparse.Namespace) -> int:
     if not args.ids and not args.source:
         raise ValueError("remove: wanted --source NAME, or ids of images")
     table = table_path(args.data, config.dataset)
-    outcome = remove_images(args.data, table, args.ids, args.source, dry_run=args.dry_run)
+    outcome = remove_images(args.data, table, args.ids, args.source, derived=args.derived, dry_run=args.dry_run)
     print(f"{len(outcome.done)} images {'would be ' if args.dry_run else ''}moved to {outcome.folder}")
+    for side, path in outcome.tables.items():
+        print(f"{path}: their rows; back by: python prepare.py add {path.parent} --to {side}")
+    if outcome.derived:
+        print(f"made from them, and still there: {name_some(outcome.derived)}; --derived takes such along")
     return finish(config, args, outcome, table, "removed")
 
 
@@ -145,17 +159,21 @@ def verify(config: Config, args: argparse.Namespace) -> int:
         ids = result.ids(args.ban or BANNED)
         n = extend_blacklist(args.blacklist, ids, args.dry_run)
         print(f"{args.blacklist}: {n} ids {'would be ' if args.dry_run else ''}added")
+        print(
+            "use it as [dataset] train_blacklist and valid_blacklist: as blacklist it may change which images validate"
+        )
     return 3 if result.ids(UNUSABLE) else 0
 
 
 def stats(config: Config, args: argparse.Namespace) -> int:
     """Describe the data set: channels, opacity, sizes and nuclei, by kind."""
     train, valid = load_split(args.data, config.dataset)
-    result = survey([*train, *valid], open_cache(config, args.data))
+    trained, held = (survey(records, open_cache(config, args.data)) for records in (train, valid))
+    result = Survey(trained.measures + held.measures, trained.refused + held.refused)
     print(align([COLUMNS, *table(result)]))
     print("\n".join(alpha_lines(result.measures)))
-    mean, std = ([round(float(value), 4) for value in values] for values in channel_statistics(result.measures))
-    print(f"[pre] mean = {mean}\n[pre] std = {std}")
+    mean, std = ([round(float(value), 4) for value in values] for values in channel_statistics(trained.measures))
+    print(f"of the {len(trained.measures)} training images:\n[pre] mean = {mean}\n[pre] std = {std}")
     if not args.dry_run:
         figure = args.figure or Path("stats.png")
         save(histograms(series(result)), figure)
@@ -241,6 +259,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def remove_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ids", nargs="*", metavar="ID", help="images")
     parser.add_argument("--source", action="append", default=[], metavar="NAME", help="all images of it; repeatable")
+    parser.add_argument("--derived", action="store_true", help="and what was made from them: pieces, copies, mixtures")
     parser.add_argument("--dry-run", action="store_true", help="say what it would do, write nothing")
 
 
@@ -249,7 +268,12 @@ def verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="where every finding goes (default: verify.csv in data)"
     )
-    parser.add_argument("--blacklist", type=Path, metavar="FILE", help="add the ids of bad images to this list")
+    parser.add_argument(
+        "--blacklist",
+        type=Path,
+        metavar="FILE",
+        help="add the ids of bad images to this list",
+    )
     parser.add_argument(
         "--ban",
         action="append",
@@ -263,7 +287,10 @@ def verify_options(parser: argparse.ArgumentParser) -> None:
 def stats_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--figure", type=Path, metavar="FILE", help="histograms (default: stats.png here)")
     parser.add_argument(
-        "--write-config", type=Path, metavar="FILE", help="put mean and std into [pre] of this INI file"
+        "--write-config",
+        type=Path,
+        metavar="FILE",
+        help="put mean and std of the training images into [pre] of this INI file",
     )
     parser.add_argument("--dry-run", action="store_true", help="write no figure and no settings")
 

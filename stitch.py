@@ -35,7 +35,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)}: at least {least}")
     material, refused = choose_material(config, args)
-    plans = plan_stitches(material, args.images, args.seed, args.mix)
+    plans = plan_stitches(material, args.images, args.width, args.seed, args.mix)
     folder = args.folder.absolute()
     target = args.output or folder.with_name(f"{folder.name or folder.resolve().name}_stitch")
     todo = [plan for plan in plans if not (target / plan.id).exists()]
@@ -46,7 +46,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         # patient.
         table = args.csv or table_path(args.data, config.dataset)
         print(f"{table}: {book_records(table, [plan.record for plan in plans])} new rows")
-        refused += make(todo, target, args.width, config)
+        refused += make(todo, target, config)
     for problem in dict.fromkeys(refused):
         print(f"refused: {problem}", file=sys.stderr)
     return 3 if refused else 0
@@ -67,13 +67,13 @@ def choose_material(config: Config, args: argparse.Namespace) -> tuple[list[Reco
     return records, refused
 
 
-def make(plans: Sequence[Plan], target: Path, width: int, config: Config) -> list[str]:
+def make(plans: Sequence[Plan], target: Path, config: Config) -> list[str]:
     """Make the images, and say why one could not be made."""
     made: list[Summary] = []
     refused: list[str] = []
     for plan in tqdm(plans, unit="image", disable=None):
         try:
-            stitch = make_stitch(plan, width, config.pre.policy.stored)
+            stitch = make_stitch(plan, config.pre.policy.stored)
         except ImageError as error:
             refused.append(str(error))
             continue

@@ -64,18 +64,19 @@ class Stitch:
 
 @dataclass(frozen=True)
 class Plan:
-    """What an image will be made from: a base, and others that give nuclei; `index` numbers the images of a run."""
+    """What an image of `width` pixels will be made from: a base, and others that give nuclei; `index` numbers them."""
 
     index: int
+    width: int
     seed: int
     base: Record
     mates: tuple[Record, ...]
 
     @property
     def id(self) -> str:
-        """Named after the parents, the first in full."""
+        """Named after the parents, the first in full, and after all that makes it another image."""
         parents = "+".join([self.base.id, *(mate.id[:8] for mate in self.mates)])
-        return f"{parents}{MARK}{self.seed}_{self.index:04d}"
+        return f"{parents}{MARK}{self.width}_{self.seed}_{self.index:04d}"
 
     @property
     def record(self) -> Record:
@@ -108,13 +109,15 @@ def pick_worst(path: str | Path, records: Sequence[Record], keep: int) -> list[R
     return sorted(known, key=lambda record: (scores[record.id], record.id))[:keep]
 
 
-def plan_stitches(records: Sequence[Record], n: int, seed: int, mix: bool = False) -> list[Plan]:
+def plan_stitches(records: Sequence[Record], n: int, width: int, seed: int, mix: bool = False) -> list[Plan]:
     """Choose what each of `n` images is made from; kinds (sub-categories) take turns.
 
     Parameters
     ----------
     records : sequence of Record
         With masks; those that were stitched themselves are passed over.
+    width : int
+        Side of the images in pixels.
     seed : int
         The same seed and records give the same plan, and a longer one begins with the shorter one.
     mix : bool
@@ -138,18 +141,16 @@ def plan_stitches(records: Sequence[Record], n: int, seed: int, mix: bool = Fals
         base = members[rng.integers(len(members))]
         mates = [r for r in members if r is not base and (mix or (r.patient and r.patient == base.patient))]
         chosen = (mates[rng.integers(len(mates))],) if mates and rng.random() < FOREIGN else ()
-        plans.append(Plan(index, seed, base, chosen))
+        plans.append(Plan(index, width, seed, base, chosen))
     return plans
 
 
-def make_stitch(plan: Plan, width: int, policy: Policy) -> Stitch:
+def make_stitch(plan: Plan, policy: Policy) -> Stitch:
     """Make an image: a window of the mirrored plane of the base, and nuclei pasted against those that are there.
 
     Parameters
     ----------
     plan : Plan
-    width : int
-        Side of the image in pixels.
     policy : Policy
         How to read the images: `Policy.stored`, as what is made is stored and read like any other.
 
@@ -160,8 +161,8 @@ def make_stitch(plan: Plan, width: int, policy: Policy) -> Stitch:
     """
     rng = np.random.default_rng([plan.seed, plan.index, 1])
     base, *others = (_read(record, policy) for record in (plan.base, *plan.mates))
-    corner = _place(base[1], width, rng)
-    image, labels = mirror_tile(*base, (width, width), corner)
+    corner = _place(base[1], plan.width, rng)
+    image, labels = mirror_tile(*base, (plan.width, plan.width), corner)
     labels = _tidy(labels)
     before, contacts = int(labels.max(initial=0)), len(adjacency(labels))
     image, labels = _crowd(image, labels, [base, *others], rng)

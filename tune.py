@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from config import CHECKPOINT_KEYS, SPLIT_KEYS, Config
+from config import CHECKPOINT_KEYS, Config
 from detector import MaskRCNN
-from division import group_records, load_split
+from division import group_records, recall_side
 from helper import (
     DEFAULT_WEIGHTS,
     find_checkpoint,
@@ -125,7 +125,7 @@ def chosen(config: Config) -> dict[str, object]:
 
 def predict_cases(segmenter: Segmenter, config: Config, data: Path) -> list[Case]:
     """The validation images of the split that the first checkpoint was trained on, predicted."""
-    _, records = load_split(data, config.inherit(segmenter.saved, SPLIT_KEYS).dataset)
+    records = recall_side(data, config, segmenter.saved, "valid")
     if not records:
         raise ValueError("the split holds no validation image; see [dataset] cv_ratio and valid_ids")
     groups = group_records(records, config.dataset.cv_group)

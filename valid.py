@@ -32,13 +32,13 @@ import parallel
 import plot
 from annotation import WRITERS, encode_rle, write_runs
 from color import equalize
-from config import SPLIT_KEYS, Config
-from division import load_split
+from config import Config
+from division import recall_side
 from helper import find_checkpoint, make_parser, prepare_process, run_script
 from image import ImageError, read_image, read_labels
 from pipeline import ordered
 from predict import Segmenter, load_segmenter
-from record import Record, filter_records, find_records, load_records
+from record import Record, find_records, load_records
 from score import Score, format_errors, format_summary, score_image, summarize, write_scores
 from slide import is_slide, is_zarr, open_slide
 from stream import segment_slide
@@ -139,12 +139,7 @@ def choose_records(args: argparse.Namespace, config: Config, saved: Mapping[str,
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder; name images by --input, or a split by --dataset valid")
         return load_records(folder, args.data, config.dataset)
-    config = config.inherit(saved, SPLIT_KEYS)
-    if args.dataset == "valid" and folder.is_dir() and not config.dataset.divides:
-        records = load_records(folder, args.data, config.dataset)  # data/train need not be there
-        return filter_records(records, config.dataset, "valid")
-    train, valid = load_split(args.data, config.dataset)
-    records = valid if args.dataset == "valid" else train
+    records = recall_side(args.data, config, saved, args.dataset)
     if not records:
         raise ValueError(f"the split holds no image for --dataset {args.dataset}; see [dataset] cv_ratio and valid_ids")
     return records

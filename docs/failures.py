@@ -15,8 +15,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import SPLIT_KEYS, load_config
-from division import load_split
+from config import load_config
+from division import recall_side
 from image import read_image, read_labels
 from metric import diagnose
 from plot import compare, save, side_by_side
@@ -30,7 +30,7 @@ WINDOW = 256
 def main(target: str, checkpoint: str, data: str) -> None:
     config = load_config(folder=data)
     segmenter = load_segmenter([checkpoint], config)
-    _, records = load_split(Path(data), config.inherit(segmenter.saved, SPLIT_KEYS).dataset)
+    records = recall_side(Path(data), config, segmenter.saved, "valid")
     worst: dict[str, tuple[float, str, np.ndarray]] = {}
     for record in records:
         assert record.masks is not None

@@ -13,7 +13,7 @@ import tifffile
 from PIL import Image
 
 import collect
-from collect import Outcome, add_images, find_sources, remove_images
+from collect import Outcome, add_images, describe_sources, find_sources, remove_images
 from image import read_image, read_labels
 from record import find_records, read_table
 from synthetic import write_dataset
@@ -313,6 +313,102 @@ def test_the_row_of_an_image_stays_while_another_folder_holds_it(new, data):
     outcome = remove_images(data, data / "dataset.csv", [first])
     assert outcome.done == [first] and outcome.n_rows == 0
     assert read_table(data / "dataset.csv")[first] == read_table(outcome.folder / "train" / "dataset.csv")[first]
+
+
+def test_kin_of_the_validation_folder_are_not_added_to_training(new, data):
+    write_dataset(data / "valid", 1, seed=7, shape=(48, 56), prefix="v_")
+    held = find_records(data / "valid")[0].id
+    with (data / "dataset.csv").open("w") as table:
+        table.write(f"image_id,patient,origin\n{held},P7,\n")
+    sources, _ = find_sources(new)
+    first, second, third = (record.id for record, _ in sources)
+    rows = {first: {"patient": "P7"}, second: {"patient": "P8"}, third: {"origin": held}}
+    before = contents(data)
+
+    def bring(**options) -> Outcome:
+        return add_images(sources, data, data / "dataset.csv", rows, **options)
+
+    dry = bring(dry_run=True)
+    assert contents(data) == before
+    outcome = bring()
+    assert outcome == dry and outcome.done == [second] and len(outcome.refused) == 2
+    for line in outcome.refused:
+        assert f"{data / 'valid'}: {held}" in line and "--to valid" in line
+    assert bring(side="valid").done == [first, third]
+    remove_images(data, data / "dataset.csv", [first])
+    assert bring(by="").done == [first]  # where other rules say which images validate
+
+
+def test_kin_of_training_images_are_not_added_to_validation(new, data):
+    write_dataset(data / "valid", 1, seed=7, shape=(48, 56), prefix="v_")
+    (data / "dataset.csv").write_text("image_id,patient\nold_fluorescence_0000,P7\n")
+    sources, _ = find_sources(new)
+    rows = {record.id: {"patient": "P7"} for record, _ in sources}
+    outcome = add_images(sources, data, data / "dataset.csv", rows, side="valid")
+    assert not outcome.done and "old_fluorescence_0000; --to train" in outcome.refused[0]
+    assert len(add_images(sources, data, data / "dataset.csv", rows, side="elsewhere").done) == 3
+
+
+def test_an_image_without_its_row_is_refused_unless_a_source_is_named(new):
+    sources, _ = find_sources(new)
+    first, second, third = (record.id for record, _ in sources)
+    (new / "dataset.csv").write_text(f"image_id,source,patient\n{first},Lab,P7\n{third},Lab,P8\n")
+    described, rows, lines = describe_sources(sources, new / "dataset.csv", {"patient": "P9"})
+    assert [source.record.id for source in described] == list(rows) == [first, third]
+    assert rows[first]["source"] == "Lab" and rows[first]["patient"] == "P9"
+    assert len(lines) == 1 and f"no row '{second}'" in lines[0] and "--source" in lines[0]
+    described, rows, lines = describe_sources(sources, new / "dataset.csv", {"source": "Here"})
+    assert len(described) == 3 and not lines and rows[second] == {"source": "Here"}
+    assert rows[first]["patient"] == "P7"
+
+
+def derive(data: Path, image_id: str, *names: str) -> None:
+    """Images in training that are booked as made from one."""
+    write_dataset(data / "made", len(names), seed=11, shape=(48, 56))
+    for name, folder in zip(names, sorted((data / "made").iterdir()), strict=True):
+        folder.rename(data / "train" / name)
+    (data / "made").rmdir()
+    with (data / "dataset.csv").open("a") as table:
+        table.writelines(f"{name},,,,,P7,other;{image_id}\n" for name in names)
+
+
+def test_what_was_made_from_a_removed_image_is_named_or_goes_along(new, data):
+    add(new, data)
+    first = find_records(new)[0].id
+    derive(data, first, f"{first}_copy1", "piece", "stitched")
+    dry = remove_images(data, data / "dataset.csv", [first], dry_run=True)
+    assert dry.done == [first] and dry.derived == sorted([f"{first}_copy1", "piece", "stitched"])
+    outcome = remove_images(data, data / "dataset.csv", [first])
+    assert outcome == dry and (data / "train" / "piece").is_dir()
+    with pytest.raises(ValueError, match="--derived takes what was made from it: .*piece"):
+        remove_images(data, data / "dataset.csv", [first])
+    outcome = remove_images(data, data / "dataset.csv", [first], derived=True)
+    assert sorted(outcome.done) == dry.derived and not outcome.derived and not outcome.refused and outcome.n_rows == 3
+    assert read_table(outcome.tables["train"])["piece"]["patient"] == "P7"
+
+
+def test_an_image_of_both_sides_goes_from_both(new, data):
+    add(new, data)
+    first, second, _ = (record.id for record in find_records(new))
+    (data / "valid").mkdir()
+    shutil.copytree(data / "train" / first, data / "valid" / first)
+    (data / "train" / second).rename(data / "valid" / second)
+    outcome = remove_images(data, data / "dataset.csv", [first])
+    assert outcome.done == [first, first] and not list(data.glob(f"*/{first}"))
+    assert outcome.tables == {side: data / "removed" / side / "dataset.csv" for side in ("train", "valid")}
+    for path in outcome.tables.values():
+        assert list(read_table(path)) == [first] and (path.parent / first / "images").is_dir()
+    assert list(remove_images(data, data / "dataset.csv", [second]).tables) == ["valid"]
+
+
+def test_what_prediction_wrote_holds_no_row(new, data):
+    add(new, data)
+    first, second, third = (record.id for record in find_records(new))
+    (data / "predict" / second / "masks").mkdir(parents=True)
+    for name in (f"{first}.png", f"{first}.tif"):
+        (data / "predict" / name).touch()
+    outcome = remove_images(data, data / "dataset.csv", [first, second])
+    assert outcome.n_rows == 2 and list(read_table(data / "dataset.csv")) == ["old_fluorescence_0000", third]
 
 
 def test_remove_names_what_is_not_there(new, data):

@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config import Dataset
+from config import Dataset, load_config
 from division import (
     divide_records,
+    find_parted,
     fold_records,
     format_epoch,
     group_records,
     join_records,
     leave_out_records,
     load_split,
+    recall_side,
     split_by_ids,
     split_records,
     training_records,
@@ -77,6 +79,17 @@ def test_kin_are_found_over_patients_and_mixtures():
     assert groups == [["a"], ["b"], ["c", "d", "e", "x"]]
     by_image = [ids(group) for group in group_records([*c, *d, derive_record("c_1", Path("x"), c)], by="image")]
     assert by_image == [["c", "c_1"], ["d"]]
+
+
+def test_what_would_be_parted_from_kin_is_found_and_ties_nobody():
+    here, there = plain("a", patient="1"), plain("v", patient="7") + plain("w")
+    mixture = derive_record("m", Path("m"), [*here, *there])
+    new = [*plain("b", patient="7"), derive_record("w_0_0", Path("x"), there[1:]), mixture, *plain("c", patient="1")]
+    assert find_parted(new, here, there) == {"b": ["v"], "w_0_0": ["w"], "m": ["v", "w"]}
+    assert find_parted(new, here, there, by="image") == {"w_0_0": ["w"], "m": ["v", "w"]}
+    chain = plain("x", patient="9") + [derive_record("y", Path("y"), [*plain("v"), *plain("q", patient="9")])]
+    assert find_parted(chain, here, there) == {"y": ["v"]}
+    assert find_parted([], here, there) == find_parted(new, here, []) == {}
 
 
 # Splits
@@ -235,6 +248,49 @@ def test_load_split_reads_the_table_of_the_data_folder(tmp_path):
     assert (ids(train), ids(valid)) == (["b"], ["d"])
     with pytest.raises(FileNotFoundError, match="csv_file"):
         load_split(tmp_path, options(csv_file=tmp_path / "absent.csv"))
+
+
+@pytest.mark.parametrize("how", ["cv_ratio=0.3", "cv_folds=3"])
+@pytest.mark.parametrize("further", ["sub_category=B", "blacklist=A00,A01,B02,B05,B11"])
+def test_a_further_list_makes_no_trained_image_validate(tmp_path, how, further):
+    """The division of what passes the list is another than that of all."""
+    names = [f"{name}{i:02d}" for name in "AB" for i in range(20)]
+    touch(tmp_path, *(f"train/{name}.png" for name in names))
+    write_text(tmp_path / "dataset.csv", "image_id,sub_category\n" + "".join(f"{n},{n[0]}\n" for n in names))
+    then = load_config(overrides=[f"dataset.{how}"])
+    now = load_config(overrides=[f"dataset.{further}"])
+    again = load_config(overrides=[f"dataset.{how}", f"dataset.{further}"])
+    trained, held = load_split(tmp_path, then.dataset)
+    assert set(ids(load_split(tmp_path, again.dataset)[1])) & set(ids(trained))  # what must not come about
+    for config in (now, again):
+        valid = recall_side(tmp_path, config, then.to_dict(), "valid")
+        assert valid and set(ids(valid)) < set(ids(held))
+        train = recall_side(tmp_path, config, then.to_dict(), "train")
+        assert train and set(ids(train)) < set(ids(trained))
+
+
+def test_a_list_of_the_training_divides_as_it_did(tmp_path):
+    names = [f"{name}{i:02d}" for name in "AB" for i in range(20)]
+    touch(tmp_path, *(f"train/{name}.png" for name in names))
+    write_text(tmp_path / "dataset.csv", "image_id,sub_category\n" + "".join(f"{n},{n[0]}\n" for n in names))
+    then = load_config(overrides=["dataset.sub_category=A", "dataset.cv_ratio=0.3"])
+    trained, held = load_split(tmp_path, then.dataset)
+    for config in (load_config(), then):
+        assert ids(recall_side(tmp_path, config, then.to_dict(), "valid")) == ids(held)
+        assert ids(recall_side(tmp_path, config, then.to_dict(), "train")) == ids(trained)
+    with pytest.raises(ValueError, match="sub_category = B.*There are sub_category: A"):
+        recall_side(tmp_path, load_config(overrides=["dataset.sub_category=B"]), then.to_dict(), "valid")
+    exported = {name: values for name, values in load_config().to_dict().items() if name != "dataset"}
+    assert ids(recall_side(tmp_path, then, exported, "valid")) == ids(held)
+
+
+def test_a_folder_of_validation_images_serves_alone(tmp_path):
+    touch(tmp_path, "valid/a.png", "valid/b.png")
+    write_text(tmp_path / "dataset.csv", "image_id,sub_category\na,HE\nb,F\n")
+    then = load_config(overrides=["dataset.sub_category=HE"])
+    assert ids(recall_side(tmp_path, load_config(), then.to_dict(), "valid")) == ["a"]
+    now = load_config(overrides=["dataset.sub_category=F"])  # a folder is divided by nobody
+    assert ids(recall_side(tmp_path, now, then.to_dict(), "valid")) == ["b"]
 
 
 def test_the_table_of_an_epoch():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import prepare
 from annotation import write_csv
 from config import load_config
 from division import load_split
-from image import read_labels
-from record import find_records
+from image import read_image, read_labels
+from record import find_records, read_table
 from synthetic import write_dataset
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -50,6 +51,50 @@ def test_add_and_remove_as_commands(tmp_path, capsys):
     assert prepare.main(["add", str(tmp_path / "data" / "removed" / "train"), *where]) == 0
 
 
+def test_the_loop_of_corrections_keeps_the_patient(tmp_path, capsys):
+    """As docs/data.md has it, and what it must not do: take the table of an earlier removal."""
+    write_dataset(tmp_path / "new", 3, shape=(40, 48))
+    where = ["--data", str(tmp_path / "data")]
+    add = ["add", str(tmp_path / "new"), "--source", "Lab", "--patient", "P7", "--to", "valid", *where]
+    assert prepare.main(add) == 0
+    first, second, _ = sorted(path.name for path in (tmp_path / "new").iterdir())
+    for name in (first, second):
+        capsys.readouterr()
+        assert prepare.main(["remove", name, *where]) == 0
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "back by" in line]
+        table, _, command = line.partition(": their rows; back by: python prepare.py ")
+    assert command == f"add {tmp_path / 'data' / 'removed-2' / 'valid'} --to valid"
+    (tmp_path / "corrected").mkdir()
+    (tmp_path / "new" / second).rename(tmp_path / "corrected" / second)
+    (tmp_path / "corrected" / "dataset.csv").write_bytes((tmp_path / "data/removed/valid/dataset.csv").read_bytes())
+    assert prepare.main(["add", str(tmp_path / "corrected"), "--to", "valid", *where]) == 3
+    assert f"has no row '{second}'" in capsys.readouterr().err
+    assert not (tmp_path / "data" / "valid" / second).exists()
+    (tmp_path / "corrected" / "dataset.csv").write_bytes((tmp_path / table).read_bytes())
+    assert prepare.main(["add", str(tmp_path / "corrected"), "--to", "valid", *where]) == 0
+    assert read_table(tmp_path / "data" / "dataset.csv")[second]["patient"] == "P7"
+
+
+def test_remove_names_what_was_made_from_an_image(tmp_path, capsys):
+    write_dataset(tmp_path / "train", 2, shape=(40, 48))
+    first, second = sorted(path.name for path in (tmp_path / "train").iterdir())
+    (tmp_path / "dataset.csv").write_text(f"image_id,origin\n{second},{first}\n")
+    command = ["remove", first, "--data", str(tmp_path)]
+    assert prepare.main([*command, "--dry-run"]) == 0
+    assert f"still there: {second}; --derived takes such along" in capsys.readouterr().out
+    assert prepare.main([*command, "--derived"]) == 0
+    assert "2 images moved" in capsys.readouterr().out
+
+
+def test_a_folder_of_validation_images_counts_where_no_other_rule_divides(tmp_path, capsys):
+    for seed, (name, to) in enumerate((("old", "valid"), ("new", "train"))):
+        write_dataset(tmp_path / name, 1, seed, prefix=name, shape=(40, 48))
+        command = ["add", str(tmp_path / name), "--source", "Lab", "--patient", "P7", "--to", to, "--data", "data"]
+        status = prepare.main(command)
+    assert status == 3 and "--to valid keeps them together" in capsys.readouterr().err
+    assert prepare.main([*command, "--set", "dataset.cv_folds=2"]) == 0
+
+
 def test_add_says_what_it_wants(tmp_path, capsys):
     write_dataset(tmp_path / "new", 1, shape=(40, 48))
     assert prepare.main(["add", str(tmp_path / "new"), "--data", str(tmp_path / "data")]) == 2
@@ -80,7 +125,7 @@ def test_verify_reports_and_bans(tmp_path, capsys):
     assert prepare.main(["verify", *where, "--dry-run"]) == 3 and not (tmp_path / "black.txt").exists()
     assert prepare.main(["verify", *where]) == 3
     assert (tmp_path / "black.txt").read_text() == f"{image.stem}\n"
-    capsys.readouterr()
+    assert "[dataset] train_blacklist and valid_blacklist" in capsys.readouterr().out
     assert prepare.main(["verify", *where, "--dry-run"]) == 3
     assert "black.txt: 0 ids would be added" in capsys.readouterr().out
 
@@ -116,3 +161,15 @@ def test_stats_prints_draws_and_keeps_the_rest_of_the_settings(tmp_path, capsys)
     assert (tmp_path / "mine.ini").read_text().startswith("; mine\n[train]\nn_epoch = 3 ; few\n\n[pre]\nmean = [")
     settings = load_config("mine.ini")
     assert settings.train.n_epoch == 3 and all(0 < value < 1 for value in settings.pre.mean + settings.pre.std)
+
+
+def test_stats_settings_are_those_of_the_training_images(tmp_path):
+    write_dataset(tmp_path / "train", 3, shape=(48, 48))
+    write_dataset(tmp_path / "valid", 3, seed=9, prefix="v_", shape=(48, 48))
+    for record in find_records(tmp_path / "valid"):
+        record.image.write_bytes(find_records(tmp_path / "train")[0].image.read_bytes())
+    assert prepare.main(["stats", "--data", str(tmp_path), "--write-config", "mine.ini"]) == 0
+    settings = load_config("mine.ini")
+    pixels = [read_image(r.image, *settings.pre.policy).reshape(-1, 3) / 255 for r in find_records(tmp_path / "train")]
+    assert settings.pre.mean == pytest.approx(np.concatenate(pixels).mean(0), abs=1e-4)
+    assert settings.pre.std == pytest.approx(np.concatenate(pixels).std(0), abs=1e-4)

@@ -48,8 +48,8 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_is_made_is_whole_and_agrees_with_its_masks(folder):
-    for plan in plan_stitches(records(folder), 6, 0):
-        made = make_stitch(plan, 128, POLICY)
+    for plan in plan_stitches(records(folder), 6, 128, 0):
+        made = make_stitch(plan, POLICY)
         assert made.image.shape == (128, 128, 3) and made.labels.shape == (128, 128)
         n, pieces = made.labels.max(), split_fragments(made.labels).max()
         assert n == pieces == made.summary.n_nuclei
@@ -58,18 +58,18 @@ def test_what_is_made_is_whole_and_agrees_with_its_masks(folder):
 
 def test_plans_take_kinds_in_turn_and_stay_within_a_patient(folder):
     found = records(folder)
-    plans = plan_stitches(found, 60, 0)
+    plans = plan_stitches(found, 60, 128, 0)
     assert [plan.base.sub_category for plan in plans[:5]] == sorted({r.sub_category for r in found})
     assert any(plan.mates for plan in plans)
     for plan in plans:
         assert {mate.patient for mate in plan.mates} <= {plan.base.patient} - {""}
         assert plan.record.patient == plan.base.patient and plan.record.sub_category == plan.base.sub_category
         assert plan.base.id in plan.id and plan.record.origins == (plan.base.id, *(m.id for m in plan.mates))
-    assert plan_stitches(found, 20, 0) == plans[:20] and plan_stitches(found, 20, 1) != plans[:20]
+    assert plan_stitches(found, 20, 128, 0) == plans[:20] and plan_stitches(found, 20, 128, 1) != plans[:20]
 
 
 def test_mixing_crosses_patients_and_books_them_all(folder):
-    plans = plan_stitches(records(folder), 200, 0, mix=True)
+    plans = plan_stitches(records(folder), 200, 128, 0, mix=True)
     crossed = [plan for plan in plans if any(mate.patient != plan.base.patient for mate in plan.mates)]
     assert crossed
     for plan in crossed:
@@ -93,6 +93,16 @@ def test_the_script_writes_the_kaggle_layout_books_it_and_may_run_again(folder, 
     assert "0 images to make, 10 there already" in capsys.readouterr().out
     assert content(folder / "train_stitch") == first and (folder / "dataset.csv").read_text() == rows
     assert content(folder / "train") == before
+
+
+def test_another_width_makes_other_images(folder, capsys):
+    assert run(folder) == 0
+    first = content(folder / "train_stitch")
+    assert run(folder, "--width", "160", "--images", "3") == 0
+    assert "3 images to make" in capsys.readouterr().out
+    sizes = [read_image(record.image).shape[0] for record in records(folder, "train_stitch")]
+    assert (sizes.count(128), sizes.count(160)) == (10, 3)
+    assert first.items() <= content(folder / "train_stitch").items()
 
 
 def test_an_interrupted_run_is_taken_up_and_ends_the_same(folder, monkeypatch):
@@ -210,14 +220,14 @@ def test_what_a_user_gets_wrong_writes_nothing(folder, option, capsys):
 
 def test_images_without_masks_are_refused():
     with pytest.raises(ValueError, match="masks"):
-        plan_stitches([Record("a", Path("a.png"))], 3, 0)
+        plan_stitches([Record("a", Path("a.png"))], 3, 128, 0)
 
 
 @pytest.mark.data
 def test_no_patient_is_parted_on_the_real_table(nuclei_data):
     table = read_table(nuclei_data / "dataset.csv")
     found = describe_records([Record(name, Path(name), (Path(name),)) for name in table], table)
-    plans = plan_stitches(found, 600, 0)
+    plans = plan_stitches(found, 600, 256, 0)
     assert any(plan.mates for plan in plans)
     assert all(mate.patient == plan.base.patient for plan in plans for mate in plan.mates)
     assert np.unique([plan.base.sub_category for plan in plans], return_counts=True)[1].tolist() == [100] * 6

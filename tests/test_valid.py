@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -101,6 +102,22 @@ def test_the_split_of_training_is_the_split_of_validation(data, tmp_path):
     assert valid.main([*command, "--dataset", "train", "--csv", "--output", "b"]) == 0
     parts = [set(read_csv(tmp_path / name / "result.csv")) for name in "ab"]
     assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 6 and len(parts[0]) == 2
+
+
+def test_a_further_list_makes_no_trained_image_validate(data):
+    ids = sorted(folder.name for folder in (data / "train").iterdir())
+    then = load_config(overrides=["dataset.cv_folds=2"])
+
+    def choose_ids(side: str, *settings: str) -> set[str]:
+        args = argparse.Namespace(input=None, data=data, dataset=side)
+        return {r.id for r in valid.choose_records(args, load_config(overrides=list(settings)), then.to_dict())}
+
+    trained, held = choose_ids("train"), choose_ids("valid")
+    for name in sorted(held):
+        assert choose_ids("valid", f"dataset.blacklist={name}") == held - {name}
+    for name in sorted(trained):
+        assert choose_ids("valid", f"dataset.blacklist={name}") == held
+    assert trained | held == set(ids)
 
 
 def test_an_ensemble_of_checkpoints(data, trained, tmp_path):
