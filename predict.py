@@ -273,10 +273,11 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
     found = checkpoints[0].get("tuned", {}).get(known_by)
     config, opinion = configs[0], None
     if tuned and found:
-        config = config.suggest(found["values"])
-        learned = found.get("opinion")
-        if learned and config.post.policy in ("auto", "forest") and config.post.marker == "auto":
+        learned, post = found.get("opinion"), config.post
+        if learned and post.policy in ("auto", "forest") and post.marker == "auto" and post.segmentation:
             config, opinion = config.suggest(learned["values"]), Opinion.load(learned["weights"])
+        else:
+            config = config.suggest(found["values"])
     for path, other in zip(paths, configs, strict=True):
         theirs, ours = ((c.pre.policy, c.pre.nucleus_diameter) for c in (other, configs[0]))
         if theirs != ours:

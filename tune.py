@@ -68,7 +68,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         opinion, scores = formed
         columns["opinion of others"] = scores
         if scores.mean() > honest.mean():
-            found["opinion"] = {"values": WITH_OPINION, "weights": opinion.state_dict()}
+            found["opinion"] = {"values": dict(WITH_OPINION), "weights": opinion.state_dict()}
             found["scores"]["cross_validated"] = scores.mean()
     print(format_gain([case.kind for case in cases], columns))
     print(format_choice(found, segmenter.config))
@@ -77,7 +77,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
         f"{' and an opinion formed' if formed else ''} in {time.monotonic() - predicted:.0f} s"
     )
     if not args.dry_run:
-        found["values"] |= chosen(segmenter.config)
+        for way in (found, found.get("opinion", found)):
+            way["values"] |= chosen(segmenter.config)
         found["scores"] = {name: float(value) for name, value in found["scores"].items()}
         keep(paths, segmenter.fingerprint, found, args.export)
     return 0
@@ -90,7 +91,7 @@ def wants_opinion(config: Config) -> bool:
 
 def format_choice(found: Mapping[str, Any], config: Config) -> str:
     """What changes, to print: the settings one a line, and whether there is a second opinion."""
-    values = found["values"] | found.get("opinion", {"values": {}})["values"]
+    values = found.get("opinion", found)["values"]
     changed = {key: value for key, value in values.items() if config.suggest({key: value}) != config}
     lines = [f"{key} = {value}" for key, value in changed.items()] or ["nothing to change"]
     return "\n".join([*lines, f"second opinion: {'kept' if 'opinion' in found else 'none is kept'}"])
