@@ -29,7 +29,7 @@ Map = NDArray[np.float32]
 LEVELS = np.arange(0.15, 0.96, 0.05)
 #: Least area (pixels) of a part.
 LEAST_PART = 3
-#: What is known of a candidate, in this order; see `Forest.features`.
+#: What is known of a candidate, in this order; see `describe`.
 FEATURES = (
     "log_area", "relative_area", "axis_ratio", "ellipse_fit", "solidity", "roundness",
     "semantic", "least_semantic", "edge_semantic", "marker", "most_marker", "contour", "edge_contour",

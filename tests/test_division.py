@@ -24,6 +24,7 @@ from division import (
     split_records,
     training_records,
 )
+from listing import ids, options, touch
 from record import (
     Record,
     balance_weights,
@@ -33,23 +34,6 @@ from record import (
     find_records,
     read_table,
 )
-
-
-def touch(folder: Path, *names: str) -> Path:
-    """Make empty files: this room never looks at pixels."""
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return folder
-
-
-def ids(records):
-    return [record.id for record in records]
-
-
-def options(**values) -> Dataset:
-    return Dataset.model_validate(values)
 
 
 def write_text(path: Path, text: str) -> Path:

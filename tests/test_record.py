@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from config import Dataset
+from listing import ids, options, touch
 from record import (
     Record,
     balance_weights,
@@ -25,24 +26,6 @@ from record import (
     write_table,
 )
 from synthetic import write_dataset
-
-
-def touch(folder: Path, *names: str) -> Path:
-    """Make empty files: this room never looks at pixels."""
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return folder
-
-
-def ids(records):
-    return [record.id for record in records]
-
-
-def options(**values) -> Dataset:
-    return Dataset.model_validate(values)
-
 
 # Layouts
 
