@@ -190,6 +190,7 @@ class Train(Section):
     print_freq: int = Field(10, ge=1)
     balance_group: Share = 0.5
     category_weights: Weights = {}
+    drawn_share: float = Field(0.4, ge=0, le=1)
     log_name: str = ""
     seed: int = Field(1, ge=0)
     optimizer: Literal["adam", "adamw"] = "adamw"
@@ -368,6 +369,7 @@ class Download(Section):
 #: What checkpoints that do not know a setting were trained with, where that is not its default.
 _BEFORE: dict[str, Any] = {
     "pre.nucleus_diameter": 0.0,
+    "train.drawn_share": 0.0,
     **dict.fromkeys(("pre.fade_nuclei", "pre.stain_shift", "pre.recolor", "pre.illumination", "pre.blur"), False),
 }
 

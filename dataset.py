@@ -22,10 +22,14 @@ from labels import fill_holes, relabel, remove_small, typical_diameter
 from loss import parse_terms
 from pipeline import ordered
 from record import Record, balance_weights
+from synthetic import draw_sample
 from target import make_targets, plan_targets
 from transform import Sample, build_transform
 
 Batch = dict[str, Tensor]
+
+#: Height and width (px) of an image that is drawn in place of a real one, and the sub-category it passes for.
+DRAWN_SHAPE, DRAWN = (256, 256), "Drawn"
 
 
 def open_cache(config: Config, data: Path) -> Cache:
@@ -61,6 +65,7 @@ class NucleiDataset:
         self.weight = config.param.weight if config.param.weight_map and _weighs(config, heads) else None
         self.transform = build_transform(config.pre, config.width, config.contour.precise)
         self.clean = build_cleaner(config)
+        self.drawn_share = config.train.drawn_share
         self.mixes_style = config.pre.style_mix
         self.equal_size = config.pre.equal_size
         self.diameters: dict[int, float] = {}
@@ -80,8 +85,19 @@ class NucleiDataset:
         diameter = self.diameters.get(index, 0.0)
         return Sample(self.cache.image(record.image), labels, record.id, record.sub_category, diameter)
 
+    def draw(self, rng: np.random.Generator) -> Sample:
+        """An image that never was, see `synthetic`; another one each time."""
+        image, labels = draw_sample(int(rng.integers(2**63)), DRAWN_SHAPE)
+        labels = self.clean(labels)
+        return Sample(image, labels, DRAWN, DRAWN, typical_diameter(labels) if self.equal_size else 0.0)
+
     def item(self, index: int, epoch: int, position: int = 0) -> dict[str, NDArray]:
-        """One augmented item; `position` in the epoch tells the copies of an image apart.
+        """One augmented item, of an image or of what is drawn in its place.
+
+        Parameters
+        ----------
+        index, epoch, position : int
+            Which image, when, and where in the order of the epoch, which tells its copies apart.
 
         Returns
         -------
@@ -90,7 +106,8 @@ class NucleiDataset:
             ask for it.
         """
         rng = np.random.default_rng([self.seed, epoch, index, position])
-        sample = self.sample(index)
+        drawn = self.drawn_share and rng.random() < self.drawn_share
+        sample = self.draw(rng) if drawn else self.sample(index)
         if self.mixes_style:
             sample = replace(sample, style=self.cache.image(self.records[rng.integers(len(self))].image))
         sample = self.transform(sample, rng)

@@ -33,6 +33,7 @@ BUMPS = np.concatenate([2 / k * np.stack([np.cos(k * TURN), np.sin(k * TURN)]) f
 # Quant Cytol Histol 23 (2001); the others are chosen to look like the slides they stand for.
 HEMATOXYLIN = (0.65, 0.70, 0.29)
 EOSIN = (0.10, 0.80, 0.30)
+DAB = (0.27, 0.57, 0.78)  # diaminobenzidine, brown; from the same paper as hematoxylin
 THIONIN = (0.62, 1.05, 0.17)  # violet sections
 GIEMSA = (0.48, 1.05, 0.30)  # purple smears of blood and marrow
 GRAY = (1.0, 1.0, 1.0)
@@ -272,16 +273,26 @@ def _take(taken: NDArray[np.uint8], window: tuple[slice, slice], mask: NDArray[n
 # Light and stain
 
 
-def _paint_fluorescence(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
-    """Glowing nuclei, dim to bright, seen through a lens that blurs and a camera that counts photons."""
+def _paint_fluorescence(
+    rng: np.random.Generator,
+    labels: NDArray[np.int32],
+    flow: Map,
+    blur: tuple[float, float] = (0.7, 1.3),
+    glow: tuple[float, float] = (0.05, 0.25),
+) -> Map:
+    """Glowing nuclei, dim to bright, seen through a lens that blurs and a camera that counts photons.
+
+    `blur` (pixels) and `glow` (share of the light that is spread far around) are drawn between two values: thick tissue
+    is never all in focus.
+    """
     deep = depth(labels)
     bright = np.clip(np.exp(rng.normal(-0.6, 0.45, labels.max() + 1)), 0.12, 1.3).astype(np.float32)
     grain = 0.16 * _noise(rng, labels.shape, 2.2) + 0.12 * _noise(rng, labels.shape, 5)
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.2, 0, 1)
     dome = 1 - 0.45 * np.exp(-deep / 2.5)
     light = np.where(labels > 0, bright[labels] * dome * np.maximum(1 + grain - 0.5 * nucleoli, 0.2), 0)
-    haze = cv2.GaussianBlur(light, (0, 0), 14) * rng.uniform(0.05, 0.25)
-    light = cv2.GaussianBlur(light, (0, 0), rng.uniform(0.7, 1.3)) + haze
+    haze = cv2.GaussianBlur(light, (0, 0), 14) * rng.uniform(*glow)
+    light = cv2.GaussianBlur(light, (0, 0), rng.uniform(*blur)) + haze
     light *= rng.uniform(0.25, 0.95) * (1 + 0.06 * _noise(rng, labels.shape, 120))
     light += rng.uniform(0.015, 0.05)
     photons = rng.uniform(150, 900)
@@ -299,6 +310,17 @@ def _paint_tissue(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map
     haze = 0.10 * np.maximum(1 + 0.6 * _noise(rng, shape, 18), 0)
     nuclei = rng.uniform(0.85, 1.25) * _chromatin(rng, labels)
     return _transmit(rng, [(nuclei + haze * (1 - rift), HEMATOXYLIN), (eosin * (1 - 0.95 * rift), EOSIN)])
+
+
+def _paint_counterstain(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
+    """Immunohistochemistry: blue nuclei, pale to dark, among grayish fibres; patches of tissue are marked brown."""
+    shape = labels.shape
+    fibres = 0.5 * _fibres(rng, flow) + 0.4 * _noise(rng, shape, 9)
+    marked = _smoothstep(_noise(rng, shape, 45) + 0.2 * fibres, rng.uniform(-0.3, 0.8), 1.6)
+    brown = rng.uniform(0.2, 0.7) * marked * np.maximum(1 + 0.3 * fibres, 0.1) * np.where(labels > 0, 0.4, 1)
+    haze = rng.uniform(0.08, 0.25) * np.maximum(1 + 0.4 * fibres, 0)
+    nuclei = rng.uniform(0.5, 1.1) * _chromatin(rng, labels)
+    return _transmit(rng, [(np.maximum(nuclei, haze), HEMATOXYLIN), (brown, DAB)])
 
 
 def _paint_purple(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
@@ -406,10 +428,15 @@ def _smoothstep(values: Map, low: float, high: float) -> Map:
     return part * part * (3 - 2 * part)
 
 
+_paint_thick = partial(_paint_fluorescence, blur=(1.1, 2.2), glow=(0.3, 0.9))
+
 KINDS: dict[str, Kind] = {
     "fluorescence": Kind((9, 17), 0.18, (1.0, 1.8), 0.035, (0.08, 0.30), 0.35, 0.2, _paint_fluorescence),
     "dense": Kind((5, 8), 0.15, (1.0, 1.5), 0.035, (0.12, 0.35), 0.85, 0.0, _paint_fluorescence),
     "tissue": Kind((7, 11), 0.22, (1.1, 2.6), 0.04, (0.12, 0.30), 0.35, 0.75, _paint_tissue),
     "purple": Kind((7, 12), 0.22, (1.0, 2.0), 0.045, (0.10, 0.28), 0.50, 0.4, _paint_purple),
     "brightfield": Kind((6, 10), 0.20, (1.0, 1.6), 0.04, (0.02, 0.08), 0.30, 0.0, _paint_brightfield),
+    "thick": Kind((5, 11), 0.22, (1.1, 2.8), 0.05, (0.22, 0.42), 0.85, 0.5, _paint_thick),
+    "infiltrate": Kind((5, 9), 0.20, (1.0, 1.8), 0.05, (0.22, 0.42), 0.80, 0.2, _paint_tissue),
+    "counterstain": Kind((5, 11), 0.22, (1.0, 2.4), 0.045, (0.12, 0.36), 0.60, 0.4, _paint_counterstain),
 }

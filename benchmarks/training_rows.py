@@ -99,6 +99,7 @@ def rate(inputs: Inputs) -> Row:
         ),
         cores=0,
         rounds=2,
+        kin=True,
         note="the plain way is the step alone: wanted is a share of its rate; the batches differ, so the losses do",
     )
 

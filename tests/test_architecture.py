@@ -18,10 +18,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "outline", "likeness", "download",
     ),
     (
-        "dataset", "division", "confidence", "link", "piece", "plot", "score", "stitching", "audit", "survey",
+        "division", "confidence", "link", "piece", "plot", "score", "stitching", "audit", "survey",
         "synthetic", "mosaic",
     ),
-    ("model", "tuning", "slide", "collect"),
+    ("dataset", "model", "tuning", "slide", "collect"),
     ("predict", "trainer", "report"),
     ("stream",),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),

@@ -130,6 +130,19 @@ def test_cleaner_drops_specks_and_fills_holes():
     assert kept.max() == 1 and (kept == 1).sum() == 24
 
 
+def test_drawn_items_take_the_place_of_images(folder, records):
+    """As often as the settings say, each another one, and the same again for the same place in the training."""
+    never = build(folder, records, train={"drawn_share": 0})
+    half, always = (build(folder, records, train={"drawn_share": share}) for share in (0.5, 1))
+    drawn = [half.draw(np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    assert np.array_equal(drawn[0].image, drawn[1].image) and np.array_equal(drawn[0].labels, drawn[1].labels)
+    assert not np.array_equal(drawn[0].image, drawn[2].image)
+    items = [(half.item(0, epoch), always.item(0, epoch), always.item(1, epoch)) for epoch in range(60)]
+    assert 15 < sum(equal(mixed, every) for mixed, every, _ in items) < 45
+    assert not any(equal(every, other) for _, every, other in items)
+    assert equal(always.item(0, 3), items[3][1]) and not equal(never.item(0, 3), items[3][1])
+
+
 # Order
 
 
