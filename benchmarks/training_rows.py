@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from benchmarks.inputs import Inputs
 from benchmarks.row import Floor, Row
 from config import Config
-from dataset import Batch, Loader, NucleiDataset
+from dataset import N_DRAWN, Batch, Loader, NucleiDataset, draw_once
 from helper import pick_precision
 from image import Cache
 from loss import Criterion
@@ -86,6 +86,8 @@ def step(inputs: Inputs) -> Row:
 
 def rate(inputs: Inputs) -> Row:
     config, loader = _loader(inputs, N_RATE_STEPS)
+    for number in range(N_DRAWN):  # as the first epochs leave them
+        draw_once(number)
     network = build_model(MODEL)
     precision = pick_precision("auto", CPU, [place(copy.deepcopy(network), CPU)])
     return Row(
