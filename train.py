@@ -77,7 +77,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     saved = None if state is None else trainer.span
     n_epoch, minutes = (None, None) if restarted else (args.epoch, args.minutes)
     trainer.span = plan_span(trainer.epoch, saved, n_epoch, minutes, config.train, changed)
-    if trainer.span.done(trainer.epoch):
+    if trainer.finished:
         print(f"Trained to epoch {trainer.epoch} already; --epoch N or --minutes M trains on, --no-resume starts anew")
         return 0
 

@@ -225,6 +225,7 @@ class Trainer:
         self.step = 0
         self.best = -math.inf
         self.scores: dict[str, float] = {}
+        self.judged = 0
 
     # State
 
@@ -243,6 +244,7 @@ class Trainer:
             "step": self.step,
             "best": self.best,
             "scores": self.scores,
+            "judged": self.judged,
             "random": {"cpu": torch.get_rng_state(), "cuda": [] if many else torch.cuda.get_rng_state_all()},
             "device": self.device.type,
             "precision": str(self.precision).removeprefix("torch."),
@@ -260,7 +262,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.span = Span(**state["span"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
-        self.scores = dict(state["scores"])
+        self.scores, self.judged = dict(state["scores"]), state.get("judged", state["epoch"])
         torch.set_rng_state(state["random"]["cpu"])
         if len(state["random"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
@@ -278,14 +280,28 @@ class Trainer:
     # Training
 
     def run(self, log: SummaryWriter | None) -> None:
-        """Train to the end of the span, with a checkpoint after every epoch; `log` is the main process's, or None."""
-        while not self.span.done(self.epoch):
-            self._train_epoch(log)
-            self.save()
-            last = self.span.done(self.epoch)
-            if self.evaluate is not None and (last or self.epoch % self.config.train.n_cv_epoch == 0):
+        """Train to the end of the span, with a checkpoint after every epoch; `log` is the main process's, or None.
+
+        A run that was killed while it validated validates first.
+        """
+        while not self.finished:
+            if not self.owes_scores:
+                self._train_epoch(log)
+                self.save()
+            if self.owes_scores:
                 self._validate(log)
                 self.save()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the span is over, and its last scores are known."""
+        return self.span.done(self.epoch) and not self.owes_scores
+
+    @property
+    def owes_scores(self) -> bool:
+        """Whether this epoch is one to validate after, and was not."""
+        due = self.epoch % self.config.train.n_cv_epoch == 0 or self.span.done(self.epoch)
+        return self.evaluate is not None and self.epoch > 0 and due and self.judged != self.epoch
 
     def _train_epoch(self, log: SummaryWriter | None) -> None:
         """One epoch, or what the clock leaves of it."""
@@ -381,7 +397,7 @@ class Trainer:
     def _validate(self, log: SummaryWriter | None) -> None:
         assert self.evaluate is not None
         began = time.monotonic()
-        self.scores = dict(self.evaluate(self.average))
+        self.scores, self.judged = dict(self.evaluate(self.average)), self.epoch
         spent = parallel.from_main(lambda: time.monotonic() - began)
         self.span = replace(self.span, elapsed=self.span.elapsed + spent)
         text = "    ".join(f"{name}: {value:.4f}" for name, value in self.scores.items())

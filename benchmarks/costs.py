@@ -36,7 +36,7 @@ NUCLEI = (25, 100, 400, 1600)
 VIEWS = ("none", "flips", "dihedral", "dihedral, scales")
 NETWORKS = (1, 2, 3)
 #: Images that one and two processes share.
-N_SHARED, N_TURNS = 12, 2
+N_SHARED, N_TURNS = 40, 2
 
 #: What grows, its unit, and (value, seconds) by name of a line.
 Curve = tuple[str, dict[str, list[tuple[float, float]]]]

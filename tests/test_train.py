@@ -90,6 +90,22 @@ def test_another_network_does_not_resume(data, trained, tmp_path, capsys):
     assert "--no-resume" in capsys.readouterr().err
 
 
+def test_a_run_killed_in_its_last_validation_still_owes_its_scores(data, tmp_path, monkeypatch):
+    command = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "c"), *SMALL]
+
+    def killed(model):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_make_evaluate", lambda *args: killed)
+        assert train.main([*command, "--epoch", "1"]) != 0
+    assert (tmp_path / "c" / "latest.pkl").is_file() and not (tmp_path / "c" / "best.pkl").is_file()
+    assert train.main(command) == 0
+    best = load_checkpoint(tmp_path / "c" / "best.pkl")
+    assert best["epoch"] == load_checkpoint(tmp_path / "c" / "latest.pkl")["epoch"] == 1
+    assert best["best"] == best["scores"]["score"]
+
+
 def test_a_killed_run_resumes_to_the_same_end(data, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     command = ["--data", str(data), "--epoch", "6", *SMALL, "--set", "param.dropout=0.2"]
