@@ -19,7 +19,7 @@ from helper import prepare_process
 
 Job = Callable[[], Any]
 #: Seconds from which a contender is timed once only.
-SLOW = 20.0
+SLOW = 40.0
 #: M_MMAP_THRESHOLD, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: where glibc's own adaption ends.
 _MALLOC_DEFAULTS = ((-3, 2**25), (-4, 2**16), (-1, 2**26), (-2, 2**17))
 

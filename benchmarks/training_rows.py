@@ -28,7 +28,7 @@ from trainer import Span, Trainer, pick_rules, sum_losses
 CPU = torch.device("cpu")
 MODEL = "camunet"
 #: Steps of the row `rate`, long enough for the loader to fall behind if it can.
-N_RATE_STEPS = 4
+N_RATE_STEPS = 10
 
 
 class Repeated(Loader):
