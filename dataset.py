@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import parallel
-from config import Config
-from image import Cache
+from config import Config, Policy
+from image import Cache, Pixels, as_seen
 from labels import fill_holes, relabel, remove_small, typical_diameter
 from loss import parse_terms
 from pipeline import ordered
@@ -66,7 +66,7 @@ class NucleiDataset:
         self.weight = config.param.weight if config.param.weight_map and _weighs(config, heads) else None
         self.transform = build_transform(config.pre, config.width, config.contour.precise)
         self.clean = build_cleaner(config)
-        self.drawn_share = config.train.drawn_share
+        self.drawn_share, self.policy = config.train.drawn_share, config.pre.policy
         self.mixes_style = config.pre.style_mix
         self.equal_size = config.pre.equal_size
         self.diameters: dict[int, float] = {}
@@ -87,8 +87,8 @@ class NucleiDataset:
         return Sample(self.cache.image(record.image), labels, record.id, record.sub_category, diameter)
 
     def draw(self, rng: np.random.Generator) -> Sample:
-        """One of `N_DRAWN` images that never were, see `synthetic`."""
-        image, small = draw_once(int(rng.integers(N_DRAWN)))
+        """One of `N_DRAWN` images that never were, see `synthetic`, shown as images from files are."""
+        image, small = draw_once(int(rng.integers(N_DRAWN)), self.policy)
         labels = self.clean(small.astype(np.int32))
         return Sample(image, labels, DRAWN, DRAWN, typical_diameter(labels) if self.equal_size else 0.0)
 
@@ -127,9 +127,13 @@ class NucleiDataset:
 
 
 @lru_cache(N_DRAWN)
-def draw_once(number: int) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
-    """Image and labels, kept: all take 260 MB, and drawing one as long as augmenting five."""
+def draw_once(number: int, policy: Policy) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
+    """Image and labels, kept: all take 260 MB, and drawing one as long as augmenting five.
+
+    The channels of the policy are those of files, and not asked for here.
+    """
     image, labels = draw_sample(number, DRAWN_SHAPE)
+    image = as_seen(Pixels(image, False), policy._replace(channels=()), f"drawn image {number}")
     return image, labels.astype(np.int16)
 
 

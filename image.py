@@ -21,6 +21,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
+from config import Policy
 from files import replacing
 from labels import compose, relabel
 from png import decode_gray
@@ -85,14 +86,19 @@ def read_image(
     ImageError
         Unreadable or empty file, z or time stack, channels that cannot be guessed.
     """
-    array, alpha = _decode(Path(path))
+    return as_seen(_decode(Path(path)), Policy(channels, percentiles, stretch, color_space, stain_normalize), path)
+
+
+def as_seen(pixels: Pixels, policy: Policy, name: str | Path) -> NDArray[np.uint8]:
+    """As `read_image`, of what is decoded already; errors call it `name`."""
+    array, alpha = pixels
     if array.ndim == 2:
         array = array[..., None]
     if alpha:
         array = array[..., :-1]
-    array = pick_channels(array, channels, path)
-    image = to_uint8(array, find_range([array], percentiles, stretch, path), path)
-    return see(image, color_space, stain_normalize)
+    array = pick_channels(array, policy.channels, name)
+    image = to_uint8(array, find_range([array], policy.percentiles, policy.stretch, name), name)
+    return see(image, policy.color_space, policy.stain_normalize)
 
 
 def read_pixels(path: str | Path) -> Pixels:

@@ -87,7 +87,7 @@ def step(inputs: Inputs) -> Row:
 def rate(inputs: Inputs) -> Row:
     config, loader = _loader(inputs, N_RATE_STEPS)
     for number in range(N_DRAWN):  # as the first epochs leave them
-        draw_once(number)
+        draw_once(number, config.pre.policy)
     network = build_model(MODEL)
     precision = pick_precision("auto", CPU, [place(copy.deepcopy(network), CPU)])
     return Row(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from config import Config
 from dataset import Loader, NucleiDataset, build_cleaner, build_loader, open_cache
-from image import ImageError
+from image import ImageError, Pixels, read_image, write_pixels
 from record import Record, describe_records, find_records
 from synthetic import write_dataset
 
@@ -141,6 +141,16 @@ def test_drawn_items_take_the_place_of_images(folder, records):
     assert 15 < sum(equal(mixed, every) for mixed, every, _ in items) < 45
     assert not any(equal(every, other) for _, every, other in items)
     assert equal(always.item(0, 3), items[3][1]) and not equal(never.item(0, 3), items[3][1])
+
+
+def test_drawn_images_are_shown_as_files_are(folder, records, tmp_path):
+    plain = build(folder, records).draw(np.random.default_rng(5))
+    write_pixels(tmp_path, "drawn", Pixels(plain.image, False))
+    pre = {"color_space": "lab", "stretch": True}
+    config = settings(pre=pre)
+    seen = build(folder, records, pre=pre).draw(np.random.default_rng(5))
+    assert np.array_equal(seen.image, read_image(tmp_path / "drawn.png", *config.pre.policy))
+    assert not np.array_equal(seen.image, plain.image) and np.array_equal(seen.labels, plain.labels)
 
 
 # Order
