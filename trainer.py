@@ -268,9 +268,10 @@ class Trainer:
             torch.cuda.set_rng_state_all(state["random"]["cuda"])
 
     def save(self) -> None:
-        """Write the checkpoints that this epoch is due."""
-        if not parallel.is_main():
-            return
+        """Write the checkpoints that this epoch is due; no process goes on before they are there."""
+        parallel.from_main(self._write)
+
+    def _write(self) -> None:
         state = self.state()
         if self.epoch % self.config.train.n_ckpt_epoch == 0:
             save_checkpoint(self.folder / f"{self.epoch}.pkl", state)
