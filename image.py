@@ -86,7 +86,8 @@ def read_image(
     ImageError
         Unreadable or empty file, z or time stack, channels that cannot be guessed.
     """
-    return as_seen(_decode(Path(path)), Policy(channels, percentiles, stretch, color_space, stain_normalize), path)
+    policy = Policy(tuple(channels), percentiles, stretch, color_space, stain_normalize)
+    return as_seen(_decode(Path(path)), policy, path)
 
 
 def as_seen(pixels: Pixels, policy: Policy, name: str | Path) -> NDArray[np.uint8]:

@@ -3,7 +3,8 @@
     python benchmarks/costs.py                          the table, in Markdown
     python benchmarks/costs.py --figure docs/costs.png  and drawn
 
-With the weights that ship and drawn images, on all cores that OMP_NUM_THREADS allows; of each the faster of two turns.
+With the weights that ship and drawn images, on all cores that OMP_NUM_THREADS allows; of each the faster of two turns, of whole
+commands one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import valid
+from benchmarks.machine import least
 from config import load_config
 from helper import DEFAULT_WEIGHTS, prepare_process
 from image import Pixels, write_pixels
@@ -30,7 +33,6 @@ from predict import Segmenter, load_segmenter
 from synthetic import draw_sample
 from view import combine
 
-ROOT = Path(__file__).resolve().parent.parent
 SIDES, SIDE = (256, 512, 1024, 2048), 512
 NUCLEI = (25, 100, 400, 1600)
 VIEWS = ("none", "flips", "dihedral", "dihedral, scales")
@@ -63,7 +65,7 @@ def pixels() -> Curve:
         segmenter = ready(view)
         for side in SIDES:
             image = draw_sample(1, (side, side), "fluorescence")[0]
-            seconds = least(partial(segmenter, image))
+            seconds = least(partial(segmenter, image), N_TURNS)
             lines.setdefault(f"{view}: whole prediction", []).append((side**2 / 1e6, seconds))
     return "megapixels of an image", lines
 
@@ -76,8 +78,8 @@ def nuclei() -> Curve:
         image, labels = draw_sample(2, shape, "dense", wanted)
         probs = segmenter.probs(image)
         n = float(labels.max())
-        lines["network"].append((n, least(partial(segmenter.probs, image))))
-        lines["separation"].append((n, least(partial(segmenter.separate, probs))))
+        lines["network"].append((n, least(partial(segmenter.probs, image), N_TURNS)))
+        lines["separation"].append((n, least(partial(segmenter.separate, probs), N_TURNS)))
     return "nuclei in an image of 1,024 px", lines
 
 
@@ -86,7 +88,7 @@ def views() -> Curve:
     for names in VIEWS:
         segmenter = ready(names)
         n = sum(view.zoom**2 for view in combine(segmenter.config.valid.test_time_augment))
-        points.append((n, least(partial(segmenter, image))))
+        points.append((n, least(partial(segmenter, image), N_TURNS)))
     return "views of an image of 512 px, by their pixels", {"whole prediction": points}
 
 
@@ -95,7 +97,7 @@ def networks() -> Curve:
     points = []
     for n in NETWORKS:
         segmenter = ready("flips", n)
-        points.append((float(n), least(partial(segmenter, image))))
+        points.append((float(n), least(partial(segmenter, image), N_TURNS)))
     return "networks of an ensemble, 512 px, flips", {"whole prediction": points}
 
 
@@ -107,14 +109,7 @@ def processes() -> Curve:
         for i in range(N_SHARED):
             write_pixels(folder, str(i), Pixels(draw_sample(i, (SIDE, SIDE), "fluorescence")[0], False))
         for n in (1, 2):
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc-per-node",
-                str(n),
-                str(ROOT / "valid.py"),
-            ]
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), valid.__file__]
             command += [str(DEFAULT_WEIGHTS), "--input", str(folder), "--csv", "--output", str(folder / f"out{n}")]
             start = time.perf_counter()
             subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
@@ -126,16 +121,6 @@ def ready(views: str, n_networks: int = 1) -> Segmenter:
     """The weights that ship, so many times, at the size the image has: the zoom would blur what grows."""
     settings = [f"valid.test_time_augment={views}", "pre.nucleus_diameter=0"]
     return load_segmenter([DEFAULT_WEIGHTS] * n_networks, load_config(None, settings))
-
-
-def least(job: Callable[[], object]) -> float:
-    """Seconds of the fastest of `N_TURNS`."""
-    seconds = []
-    for _ in range(N_TURNS):
-        start = time.perf_counter()
-        job()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def draw(curves: Sequence[Curve]) -> Figure:

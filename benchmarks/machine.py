@@ -44,15 +44,15 @@ def _measure(cores: int) -> Machine:
     torch.set_num_threads(cores)
     source = torch.ones(2**26, dtype=torch.uint8)
     copy = torch.empty_like(source)
-    bandwidth = 2 * source.numel() / _least(lambda: copy.copy_(source))
+    bandwidth = 2 * source.numel() / least(lambda: copy.copy_(source))
     peaks = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(1536, 1536, dtype=dtype), torch.ones(1536, 1536, dtype=dtype)
-        peaks[dtype] = 2 * 1536**3 / _least(partial(torch.matmul, a, b))
+        peaks[dtype] = 2 * 1536**3 / least(partial(torch.matmul, a, b))
     return Machine(cores, bandwidth, peaks)
 
 
-def _least(job: Callable[[], object], n: int = 12) -> float:
+def least(job: Callable[[], object], n: int = 12) -> float:
     """Seconds of the fastest of `n` calls."""
     times = []
     for _ in range(n):

@@ -65,12 +65,7 @@ def measure(folder: Path, args: argparse.Namespace) -> int:
     write_slide(slide, args.side, sources(folder))
     print(f"{args.side} x {args.side} pixels, {slide.stat().st_size / 1e6:.0f} MB, made in {since(began)}")
     if not args.once:
-        n_blocks = len(cut_blocks((args.side, args.side), load_config(None, args.set).valid.slide_block))
-        began = time.monotonic()
-        killed = kill_at(n_blocks // 2, slide, folder / "two", args.set)
-        print(f"killed after {killed} of {n_blocks} blocks, {since(began)}")
-        began = time.monotonic()
-        report("taken up again", run(slide, folder / "two", args.set), began)
+        interrupt(slide, folder / "two", args)
     began = time.monotonic()
     report("in one go", run(slide, folder / "one", args.set), began)
     if args.once:
@@ -78,6 +73,16 @@ def measure(folder: Path, args: argparse.Namespace) -> int:
     first, second = (fingerprints(folder / name) for name in ("one", "two"))
     print("the same files" if first == second else f"DIFFERENT files: {first} and {second}")
     return 0 if first == second else 1
+
+
+def interrupt(slide: Path, output: Path, args: argparse.Namespace) -> None:
+    """Kill a run after half of its blocks, and take it up again."""
+    n_blocks = len(cut_blocks((args.side, args.side), load_config(None, args.set).valid.slide_block))
+    began = time.monotonic()
+    killed = kill_at(n_blocks // 2, slide, output, args.set)
+    print(f"killed after {killed} of {n_blocks} blocks, {since(began)}")
+    began = time.monotonic()
+    report("taken up again", run(slide, output, args.set), began)
 
 
 def sources(folder: Path) -> list[NDArray[np.uint8]]:
