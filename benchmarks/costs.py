@@ -3,8 +3,8 @@
     python benchmarks/costs.py                          the table, in Markdown
     python benchmarks/costs.py --figure docs/costs.png  and drawn
 
-With the weights that ship and drawn images, on all cores that OMP_NUM_THREADS allows; of each the faster of two turns, of whole
-commands one.
+With the weights that ship and drawn images, on all cores that OMP_NUM_THREADS allows; of each the faster
+of two turns, of whole commands one.
 """
 
 from __future__ import annotations
