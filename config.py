@@ -223,9 +223,10 @@ class Valid(Section):
     slide_labels: Literal["tif", "zarr"] = "tif"
     view_color_equalize: bool = False
     print_table: bool = False
-    test_time_augment: Views = ("flips",)
+    test_time_augment: Views = ("dihedral",)
     ensemble: Literal["avg", "vote"] = "avg"
     ensemble_weights: MemberWeights = ()
+    engine: Literal["auto", "torch", "openvino"] = "auto"
 
     @model_validator(mode="after")
     def _room_in_a_tile(self) -> Valid:

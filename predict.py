@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import lcm
 from pathlib import Path
@@ -19,6 +19,7 @@ from candidate import Scene
 from confidence import Opinion
 from config import CHECKPOINT_KEYS, Config, Valid
 from detector import MaskRCNN
+from engine import LEAST_IMAGES, CompiledNetwork, compile_network, is_installed
 from footprint import measure_reach
 from helper import autocast, fingerprint, load_checkpoint, pick_device, pick_precision
 from labels import pile, typical_diameter
@@ -59,6 +60,8 @@ class Segmenter:
         What ``tune.py`` has taught it; see `confidence`.
     scene : Scene, optional
         What an image of which parts are separated holds as a whole.
+    compiled : sequence, optional
+        The networks again, those compiled that can be; see `for_many`.
     """
 
     networks: Sequence[Network]
@@ -69,6 +72,26 @@ class Segmenter:
     fingerprint: str = ""
     opinion: Opinion | None = None
     scene: Scene | None = None
+    compiled: Sequence[Network | CompiledNetwork] = ()
+
+    def for_many(self, n_images: int) -> Segmenter:
+        """One that predicts so many images fastest: on a CPU by compiled networks, where ``[valid] engine`` lets it and
+        the images are worth it.
+
+        Raises
+        ------
+        ValueError
+            OpenVINO is asked for and is not installed, or the networks are on another device.
+        """
+        engine, detects = self.config.valid.engine, isinstance(self.networks[0], MaskRCNN)
+        able = self.device.type == "cpu" and is_installed()
+        if engine == "openvino" and not able:
+            why = "it is not installed" if self.device.type == "cpu" else "set [train] device = cpu"
+            raise ValueError(f"[valid] engine = openvino, on {self.device}: {why}")
+        if engine == "torch" or detects or not able or (engine == "auto" and n_images < LEAST_IMAGES):
+            return self
+        networks = self.networks
+        return replace(self, compiled=[compile_network(network, self.precision) or network for network in networks])
 
     def predict(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
         """The instances of an (H, W, 3) uint8 image, (H, W) int32, and the maps they were read off, as `probs` gives
@@ -178,7 +201,8 @@ class Segmenter:
         return max(measure_reach(network, REACH_SHARE) for network in self.networks)
 
     def _predict(self, image: NDArray[np.uint8], valid: Valid) -> list[dict[str, NDArray[np.float32]]]:
-        members = predict_each(image, self.networks, valid, self.config.width, self.device, self.precision)
+        networks = self.compiled or self.networks
+        members = predict_each(image, networks, valid, self.config.width, self.device, self.precision)
         if not self.config.contour.detect and len(members) == 1:  # of several, each says by itself what it knows
             members[0].pop("contour", None)
         return members
@@ -303,7 +327,7 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
 @torch.inference_mode()
 def predict_each(
     image: NDArray[np.uint8],
-    networks: Sequence[Network],
+    networks: Sequence[Network | CompiledNetwork],
     valid: Valid,
     width: int,
     device: torch.device,
@@ -339,7 +363,7 @@ def predict_each(
 
 def _average_views(
     image: NDArray[np.uint8],
-    network: Network,
+    network: Network | CompiledNetwork,
     views: Sequence[View],
     valid: Valid,
     device: torch.device,
@@ -365,7 +389,11 @@ def _average_views(
 
 
 def _predict_views(
-    image: NDArray[np.uint8], network: Network, views: Sequence[View], device: torch.device, precision: torch.dtype
+    image: NDArray[np.uint8],
+    network: Network | CompiledNetwork,
+    views: Sequence[View],
+    device: torch.device,
+    precision: torch.dtype,
 ) -> Iterator[tuple[View, dict[str, NDArray[np.float32]]]]:
     """Views of one zoom with their maps, head -> (C, h, w), as seen in the view; those of one shape are a batch."""
     for lying in (False, True):  # a quarter turn swaps the sides

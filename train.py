@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -44,6 +44,8 @@ from image import Cache, ImageError
 from metric import pixel_iou
 from model import build_model, model_options, place
 from network import Network
+from pipeline import ordered
+from postprocess import Labels, Probs
 from predict import Segmenter
 from record import Record
 from score import Score, score_image, summarize
@@ -184,10 +186,10 @@ def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: 
     valid = config.valid.model_copy(update={"test_time_augment": ()})
     once = config.model_copy(update={"valid": valid, "pre": config.pre.model_copy(update={"nucleus_diameter": 0.0})})
 
-    def judge(segmenter: Segmenter, record: Record) -> tuple[Score, dict[str, float]]:
+    def judge(item: tuple[Record, Probs, Callable[[], Labels]]) -> tuple[Score, dict[str, float]]:
+        record, probs, finish = item
         assert record.masks is not None
-        truth = np.asarray(cache.labels(record.image, record.masks))
-        labels, probs = segmenter.predict(np.asarray(cache.image(record.image)))
+        truth, labels = np.asarray(cache.labels(record.image, record.masks)), finish()
         targets = make_targets(truth, plan_targets(tuple(probs), config.pre, config.contour))
         sure = {head: p.max(0) if p.ndim == 3 else p for head, p in probs.items()}
         ious = {head: pixel_iou(targets[head][0] > 0.5, p > config.thresholds[head]) for head, p in sure.items()}
@@ -196,7 +198,8 @@ def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: 
     def evaluate(model: Network) -> dict[str, float]:
         segmenter = Segmenter([model], once, device, precision)
         mine = tqdm(parallel.share(records), "validating", leave=False, disable=parallel.bar_off())
-        scores, ious = zip(*parallel.merge([judge(segmenter, record) for record in mine]), strict=True)
+        seen = ((record, *segmenter.begin(np.asarray(cache.image(record.image)))) for record in mine)
+        scores, ious = zip(*parallel.merge(list(ordered(judge, seen, config.train.n_worker))), strict=True)
         row = summarize(scores)["all"]
         each = {f"iou/{head}": float(np.mean([of_image[head] for of_image in ious])) for head in ious[0]}
         # Where the contour alone is trained there are no nuclei to find.

@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -311,8 +311,7 @@ class Trainer:
         meters = Meters(self.criterion.terms)
         steps = self.loader.steps()
         bar = tqdm(total=len(steps), desc=f"epoch {self.epoch + 1}", leave=False, disable=parallel.bar_off())
-        batches = self.loader.epoch(self.epoch)
-        with autotuned_convolutions():
+        with closing(self.loader.epoch(self.epoch)) as batches, autotuned_convolutions():
             for i, (parts, waited) in enumerate(_timed(batches, steps)):
                 progress = self._progress(i / len(steps), spent + time.monotonic() - began)
                 if self.span.minutes and progress >= 1:
@@ -323,7 +322,6 @@ class Trainer:
                 bar.update()
                 if i % self.config.train.print_freq == 0:
                     tqdm.write(meters.settle().line(self.epoch + 1, i, len(steps)))
-        batches.close()
         bar.close()
         self._end_epoch(meters.settle().means(), spent + time.monotonic() - began, log)
 

@@ -131,6 +131,7 @@ def predict_cases(segmenter: Segmenter, config: Config, data: Path) -> list[Case
         raise ValueError("the split holds no validation image; see [dataset] cv_ratio and valid_ids")
     groups = group_records(records, config.dataset.cv_group)
     kin = {record.id: str(number) for number, group in enumerate(groups) for record in group}
+    segmenter = segmenter.for_many(len(records))
     cases = []
     for record in tqdm(records, "predicting", disable=None):
         try:

@@ -34,6 +34,7 @@ from annotation import WRITERS, encode_rle, write_runs
 from color import equalize
 from config import Config
 from division import recall_side
+from engine import LEAST_IMAGES
 from helper import find_checkpoint, make_parser, prepare_process, run_script
 from image import ImageError, read_image, read_labels
 from pipeline import ordered
@@ -87,6 +88,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         raise ValueError(f"{parallel.world()} processes show no figures; say --save, --csv, or what else to write")
 
     tally, folder, began = Tally(), args.output or Path("."), time.monotonic()
+    segmenter = segmenter.for_many(len(records) + LEAST_IMAGES * len(slides))
     stream_slides(parallel.share(slides), segmenter, args, tally)
     delivered = deliver(predict_all(parallel.share(records), segmenter, tally), segmenter, args, tally)
     runs: Iterable[tuple[str, list[str]]]

@@ -128,7 +128,8 @@ def measure(name: str, row: Row, machine: Machine, least: float = 2.0) -> Result
     """
     jobs = {"plain": row.plain, **{key: job for key, job in row.libraries.items() if job}, "ours": row.ours}
     use_cores(row.cores or machine.cores)
-    seconds, answers = dict.fromkeys(jobs, float("inf")), {}
+    seconds = dict.fromkeys(jobs, float("inf"))
+    answers: dict[str, Any] = {}
     began, n = time.perf_counter(), 0
     while n < row.rounds or (time.perf_counter() - began < least and n < 200):
         for key, job in jobs.items():

@@ -110,20 +110,19 @@ def _plain_sample(source: Sample) -> tuple[NDArray[np.uint8], Maps]:
 
 
 def _opencv_sample(source: Sample) -> tuple[NDArray[np.uint8], Maps]:
-    """The usual recipe: a blurred field of noise over the whole image (Simard et al. 2003), remap, then crop."""
+    """The usual recipe, a blurred field of noise (Simard et al. 2003) and remap, of the crop alone."""
     rng = np.random.default_rng(SEED)
     height, width = source.labels.shape
     zoom = rng.uniform(PRE.min_scale, PRE.max_scale)
-    noise = rng.uniform(-1, 1, (height, width, 2)).astype(np.float32)
+    noise = rng.uniform(-1, 1, (WIDTH, WIDTH, 2)).astype(np.float32)
     field = cv2.GaussianBlur(noise, (0, 0), 10) * 30
-    y, x = np.mgrid[:height, :width].astype(np.float32)
+    top, left = rng.integers(height - WIDTH + 1), rng.integers(width - WIDTH + 1)
+    y, x = np.mgrid[top : top + WIDTH, left : left + WIDTH].astype(np.float32)
     xy = np.stack([x, y], axis=-1) / np.float32(zoom) + field
     image = cv2.remap(source.image, xy, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
     labels = cv2.remap(source.labels.astype(np.float32), xy, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REFLECT_101)
-    top, left = rng.integers(height - WIDTH + 1), rng.integers(width - WIDTH + 1)
-    image = AUGMENTATIONS["color_jitter"].run(np.ascontiguousarray(image[top : top + WIDTH, left : left + WIDTH]), rng)
-    labels = labels[top : top + WIDTH, left : left + WIDTH].astype(np.int32)
-    return image, make_targets(labels, PLAN, WEIGHT)
+    image = AUGMENTATIONS["color_jitter"].run(image, rng)
+    return image, make_targets(labels.astype(np.int32), PLAN, WEIGHT)
 
 
 def _albumentations(library: Any, source: Sample) -> Job:

@@ -25,6 +25,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -127,7 +128,7 @@ def write_slide(path: Path, side: int, images: Sequence[NDArray[np.uint8]]) -> N
                 yield pick(y, x)
 
     with replacing(path) as stage:
-        options = {"tile": (TILE, TILE), "photometric": "rgb", "compression": "zlib", "bigtiff": True}
+        options: dict[str, Any] = {"tile": (TILE, TILE), "photometric": "rgb", "compression": "zlib", "bigtiff": True}
         tifffile.imwrite(stage, tiles(), shape=(side, side, 3), dtype=np.uint8, **options)
 
 

@@ -14,7 +14,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("candidate", "collage", "color", "stain"),
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
-        "tile", "annotation", "footprint", "helper", "view",
+        "tile", "annotation", "footprint", "helper", "view", "engine",
         "outline", "likeness", "download",
     ),
     (
