@@ -4,11 +4,13 @@
     python tune.py checkpoint/a.pkl checkpoint/b.pkl of that ensemble: kept in the first
     python tune.py --dry-run                         only say what was found
     python tune.py --export weights/mine.pkl         also write a small file: the network alone, in half precision
+    python tune.py --training-images 600             let the second opinion learn of more of them (default: 300)
 
 Probability maps are predicted once; `[param] threshold`, `threshold_mark` and rules of `[post]` are tried on them.
 What you set yourself (config.ini, --set) is not searched. Then a second opinion learns how good each candidate for a
-nucleus is, and chooses among all ways to cut ([post] policy = forest); it is kept where, formed on other kinds of
-images, it does better than thresholds found on these. valid.py then uses what was found, unless you set it.
+nucleus is, and chooses among all ways to cut ([post] policy = forest): one from training images, and one from the
+validation images, each of which is judged by what the other kinds taught. The better of the two is kept where it does
+better than thresholds tuned in that way. valid.py then uses what was found, unless you set it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from confidence import Opinion, learn
 from config import CHECKPOINT_KEYS, Config
 from detector import MaskRCNN
 from division import group_records, recall_side
@@ -40,8 +43,9 @@ from helper import (
     slim,
 )
 from image import ImageError, read_image, read_labels
+from pipeline import ordered
 from predict import Segmenter, load_segmenter
-from tuning import GRID, WITH_OPINION, Case, Tuner, form_opinion
+from tuning import GRID, WITH_OPINION, Case, Lesson, Tuner, examine, form_opinion, judge
 
 #: Processes that judge, at most: each holds all maps.
 MOST_WORKERS = 8
@@ -56,25 +60,25 @@ def run(config: Config, args: argparse.Namespace) -> int:
         raise ValueError("a maskrcnn makes no maps to tune on; set [post] min_score by hand")
     print(f"Tuning {', '.join(str(path) for path in paths)} on {segmenter.device}")
     began = time.monotonic()
-    cases = predict_cases(segmenter, config, args.data)
+    cases = list(predict_cases(segmenter, config, args.data))
+    if not cases:
+        raise ValueError("no validation image could be read; see above")
     predicted = time.monotonic()
     with Tuner(cases, segmenter.config, n_worker=min(os.cpu_count() or 1, len(cases), MOST_WORKERS)) as tuner:
         best = tuner.search()
         before, after, honest = tuner.scores(tuner.start), tuner.scores(best), tuner.cross_validate()
     columns = {"before": before, "tuned": after, "tuned on others": honest}
     found: dict[str, Any] = {"values": dict(best), "scores": {"score": after.mean(), "cross_validated": honest.mean()}}
-    formed = form_opinion(cases, segmenter.config.suggest(WITH_OPINION)) if wants_opinion(config) else None
-    if formed is not None:
-        opinion, scores = formed
-        columns["opinion of others"] = scores
-        if scores.mean() > honest.mean():
+    for title, (opinion, scores) in form_opinions(cases, segmenter, args).items():
+        columns[title] = scores
+        if scores.mean() > found["scores"]["cross_validated"]:
             found["opinion"] = {"values": dict(WITH_OPINION), "weights": opinion.state_dict()}
             found["scores"]["cross_validated"] = scores.mean()
     print(format_gain([case.kind for case in cases], columns))
     print(format_choice(found, segmenter.config))
     print(
         f"{len(cases)} images predicted in {predicted - began:.0f} s, {tuner.n_judged} choices judged"
-        f"{' and an opinion formed' if formed else ''} in {time.monotonic() - predicted:.0f} s"
+        f"{' and opinions formed' if len(columns) > 3 else ''} in {time.monotonic() - predicted:.0f} s"
     )
     if not args.dry_run:
         for way in (found, found.get("opinion", found)):
@@ -82,6 +86,35 @@ def run(config: Config, args: argparse.Namespace) -> int:
         found["scores"] = {name: float(value) for name, value in found["scores"].items()}
         keep(paths, segmenter.fingerprint, found, args.export)
     return 0
+
+
+def form_opinions(
+    cases: Sequence[Case], segmenter: Segmenter, args: argparse.Namespace
+) -> dict[str, tuple[Opinion, NDArray[np.float64]]]:
+    """Title -> a second opinion, and the scores of the cases by one that has seen neither them nor their kin."""
+    if not wants_opinion(segmenter.config):
+        return {}
+    config, formed = segmenter.config.suggest(WITH_OPINION), {}
+    if (of_others := form_opinion(cases, config)) is not None:
+        formed["opinion of others"] = of_others
+    lessons = study(segmenter, config, args.data, args.training_images)
+    if any(len(ious) for _, ious in lessons):
+        opinion = learn([features for features, _ in lessons], [ious for _, ious in lessons])
+        scores = np.array([judge(case, config, opinion) for case in cases])
+        formed["opinion of training"] = opinion, scores
+    return formed
+
+
+def study(segmenter: Segmenter, config: Config, data: Path, most: int) -> list[Lesson]:
+    """The candidates of training images, as `tuning.examine` gives them: of at most so many, evenly of all kinds.
+
+    The network knows these images, so its maps of them are better than those of others will be; that many more
+    candidates can be learned from is worth more than that.
+    """
+    if not most:
+        return []
+    seen = predict_cases(segmenter, config, data, "train", most)
+    return list(ordered(lambda case: examine(case, config), seen, config.train.n_worker))
 
 
 def wants_opinion(config: Config) -> bool:
@@ -124,15 +157,18 @@ def chosen(config: Config) -> dict[str, object]:
     return {key: dump[key.split(".")[0]][key.split(".")[1]] for key in sorted(keys)}
 
 
-def predict_cases(segmenter: Segmenter, config: Config, data: Path) -> list[Case]:
-    """The validation images of the split that the first checkpoint was trained on, predicted."""
-    records = recall_side(data, config, segmenter.saved, "valid")
-    if not records:
+def predict_cases(
+    segmenter: Segmenter, config: Config, data: Path, side: str = "valid", most: int | None = None
+) -> Iterator[Case]:
+    """Images of the split that the first checkpoint was trained on, predicted; at most so many, evenly of all kinds."""
+    records = recall_side(data, config, segmenter.saved, side)
+    if not records and side == "valid":
         raise ValueError("the split holds no validation image; see [dataset] cv_ratio and valid_ids")
     groups = group_records(records, config.dataset.cv_group)
     kin = {record.id: str(number) for number, group in enumerate(groups) for record in group}
+    if most is not None:
+        records = sorted(records, key=lambda record: record.sub_category)[:: -(-len(records) // most) or 1]
     segmenter = segmenter.for_many(len(records))
-    cases = []
     for record in tqdm(records, "predicting", disable=None):
         try:
             if record.problem or record.masks is None:
@@ -144,10 +180,7 @@ def predict_cases(segmenter: Segmenter, config: Config, data: Path) -> list[Case
                 raise
             tqdm.write(f"skipped: {error}", file=sys.stderr)
             continue
-        cases.append(Case.pack(record.sub_category, segmenter.members(image), truth, kin[record.id]))
-    if not cases:
-        raise ValueError("no validation image could be read; see above")
-    return cases
+        yield Case.pack(record.sub_category, segmenter.members(image), truth, kin[record.id])
 
 
 def format_gain(kinds: Sequence[str], columns: Mapping[str, NDArray[np.float64]]) -> str:
@@ -183,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("checkpoint", nargs="*", type=Path, metavar="CKPT", help="checkpoints; several: an ensemble")
     parser.add_argument("--dry-run", action="store_true", help="store nothing")
+    parser.add_argument(
+        "--training-images", type=int, default=300, metavar="N", help="most to learn of (default: 300; 0: none)"
+    )
     parser.add_argument("--export", type=Path, metavar="FILE", help="also write the network alone, in half precision")
     return run_script(run, parser, argv)
 

@@ -52,6 +52,8 @@ N_PICKS = 8
 LEAST_GAIN = 1e-6
 
 Choice = tuple[tuple[str, Any], ...]
+#: What is known of each candidate of an image, (N, F), and its IoU with the truth, (N,).
+Lesson = tuple[NDArray[np.float32], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def judge(case: Case, config: Config, opinion: Opinion | None = None) -> float:
     return float(average_precision(case.truth, labels).mean())
 
 
-def examine(case: Case, config: Config) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """The candidates of an image: what is known of each, (N, F), and its IoU with the truth, (N,)."""
+def examine(case: Case, config: Config) -> Lesson:
+    """The candidates of an image."""
     probs, thresholds = _unpack(case, config)
     forest = candidates(probs["semantic"] > thresholds["semantic"], probs, config.post)
     return describe(forest, probs), forest.overlaps(case.truth)

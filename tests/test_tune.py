@@ -11,15 +11,17 @@ import pytest
 import tune
 import valid
 from candidate import FEATURES
-from confidence import Opinion
+from confidence import Opinion, learn
 from config import load_config
+from division import recall_side
 from helper import load_checkpoint
 from predict import load_segmenter
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-def test_tune_keeps_what_it_finds_with_the_checkpoint(data, trained, tmp_path, capsys):
+def test_tune_keeps_what_it_finds_with_the_checkpoint(data, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("confidence.N_STEPS", 100)
     folder = shutil.copytree(trained, tmp_path / "c")
     command = ["--data", str(data), "--checkpoint-dir", str(folder)]
     before = (folder / "best.pkl").read_bytes()
@@ -47,6 +49,7 @@ def test_tune_keeps_what_it_finds_with_the_checkpoint(data, trained, tmp_path, c
 def test_an_opinion_that_helps_goes_with_the_checkpoint(data, trained, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(trained, tmp_path / "c")
     command = ["--data", str(data), "--checkpoint-dir", str(folder), "--set", "post.min_object_size=3"]
+    command += ["--training-images", "0"]
     formed = Opinion(), np.ones(2)
     monkeypatch.setattr(tune, "form_opinion", lambda cases, config: formed)
     assert tune.main([*command, "--export", str(tmp_path / "small.pkl")]) == 0
@@ -70,6 +73,32 @@ def test_an_opinion_that_helps_goes_with_the_checkpoint(data, trained, tmp_path,
     assert tune.main(command) == 0
     assert "second opinion: none is kept" in capsys.readouterr().out
     assert load_segmenter([folder / "best.pkl"], load_config()).opinion is None
+
+
+def test_an_opinion_may_be_learned_from_training_images(data, trained, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(trained, tmp_path / "c")
+    monkeypatch.setattr("confidence.N_STEPS", 20)
+    monkeypatch.setattr(tune, "form_opinion", lambda cases, config: None)
+    taught = []
+
+    def learn_and_tell(features, ious):
+        taught.append(len(ious))
+        return learn(features, ious)
+
+    monkeypatch.setattr(tune, "learn", learn_and_tell)
+    monkeypatch.setattr(tune, "judge", lambda case, config, opinion: 1.0)
+    command = ["--data", str(data), "--checkpoint-dir", str(folder)]
+    config = load_config()
+    n_training = len(recall_side(data, config, load_checkpoint(folder / "best.pkl")["config"], "train"))
+    assert n_training > 2
+    for most in (n_training, 2):
+        assert tune.main([*command, "--training-images", str(most)]) == 0
+        printed = capsys.readouterr().out
+        assert "opinion of training" in printed and "opinion of others" not in printed
+        assert "second opinion: kept" in printed
+    assert taught[0] == n_training and 1 <= taught[1] <= 2
+    kept = load_segmenter([folder / "best.pkl"], config).opinion
+    assert kept is not None and kept.std.min() > 0
 
 
 def test_tune_refuses_in_one_line(data, trained, tmp_path, capsys):
