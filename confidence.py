@@ -16,8 +16,10 @@ from metric import THRESHOLDS
 
 #: Networks whose opinions are averaged, and the units of each of their two layers.
 N_VOICES, N_UNITS = 5, 48
-#: How they are trained: steps, candidates a step, peak learning rate, weight decay.
+#: How they are trained: least steps, candidates a step, peak learning rate, weight decay.
 N_STEPS, N_BATCH, RATE, DECAY = 1500, 256, 3e-3, 1e-2
+#: How often each candidate is seen, where they are so many that this takes more steps.
+N_PASSES = 64
 #: Features are standardised, and cut off beyond so many deviations: what was never seen is taken for the extreme.
 REACH = 4.0
 
@@ -104,8 +106,9 @@ def learn(features: Sequence[NDArray[np.float32]], ious: Sequence[NDArray[np.flo
         opinion.mean.copy_(x.mean(0))
         opinion.std.copy_(x.std(0, correction=0).clamp(min=1e-6))
         optimizer = torch.optim.AdamW(opinion.parameters(), RATE, weight_decay=DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, N_STEPS)
-        for _ in range(N_STEPS):
+        n_steps = max(N_STEPS, N_PASSES * len(x) // N_BATCH)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, n_steps)
+        for _ in range(n_steps):
             some = torch.randint(len(x), (N_VOICES, N_BATCH))
             losses = F.binary_cross_entropy_with_logits(opinion(x[some]), y[some], weight[some], reduction="none")
             optimizer.zero_grad()
