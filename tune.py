@@ -45,6 +45,7 @@ from helper import (
 from image import ImageError, read_image, read_labels
 from pipeline import ordered
 from predict import Segmenter, load_segmenter
+from record import Record
 from tuning import GRID, WITH_OPINION, Case, Lesson, Tuner, examine, form_opinion, judge
 
 #: Processes that judge, at most: each holds all maps.
@@ -59,17 +60,24 @@ def run(config: Config, args: argparse.Namespace) -> int:
     if isinstance(segmenter.networks[0], MaskRCNN):
         raise ValueError("a maskrcnn makes no maps to tune on; set [post] min_score by hand")
     print(f"Tuning {', '.join(str(path) for path in paths)} on {segmenter.device}")
+    records = recall_side(args.data, config, segmenter.saved, "valid")
+    if not records:
+        raise ValueError("the split holds no validation image; see [dataset] cv_ratio and valid_ids")
+    known = pick_known(segmenter, config, args.data, args.training_images) if wants_opinion(config) else []
+    segmenter = segmenter.for_many(len(records) + len(known))
     began = time.monotonic()
-    cases = list(predict_cases(segmenter, config, args.data))
+    cases = list(predict_cases(segmenter, config, records))
     if not cases:
         raise ValueError("no validation image could be read; see above")
+    lessons = study(segmenter, config, known)
     predicted = time.monotonic()
     with Tuner(cases, segmenter.config, n_worker=min(os.cpu_count() or 1, len(cases), MOST_WORKERS)) as tuner:
         best = tuner.search()
         before, after, honest = tuner.scores(tuner.start), tuner.scores(best), tuner.cross_validate()
     columns = {"before": before, "tuned": after, "tuned on others": honest}
     found: dict[str, Any] = {"values": dict(best), "scores": {"score": after.mean(), "cross_validated": honest.mean()}}
-    for title, (opinion, scores) in form_opinions(cases, segmenter, args).items():
+    formed = form_opinions(cases, lessons, segmenter.config) if wants_opinion(config) else {}
+    for title, (opinion, scores) in formed.items():
         columns[title] = scores
         if scores.mean() > found["scores"]["cross_validated"]:
             found["opinion"] = {"values": dict(WITH_OPINION), "weights": opinion.state_dict()}
@@ -77,8 +85,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     print(format_gain([case.kind for case in cases], columns))
     print(format_choice(found, segmenter.config))
     print(
-        f"{len(cases)} images predicted in {predicted - began:.0f} s, {tuner.n_judged} choices judged"
-        f"{' and opinions formed' if len(columns) > 3 else ''} in {time.monotonic() - predicted:.0f} s"
+        f"{len(cases) + len(lessons)} images predicted in {predicted - began:.0f} s, {tuner.n_judged} choices judged"
+        f"{' and opinions formed' if formed else ''} in {time.monotonic() - predicted:.0f} s"
     )
     if not args.dry_run:
         for way in (found, found.get("opinion", found)):
@@ -88,33 +96,41 @@ def run(config: Config, args: argparse.Namespace) -> int:
     return 0
 
 
-def form_opinions(
-    cases: Sequence[Case], segmenter: Segmenter, args: argparse.Namespace
-) -> dict[str, tuple[Opinion, NDArray[np.float64]]]:
-    """Title -> a second opinion, and the scores of the cases by one that has seen neither them nor their kin."""
-    if not wants_opinion(segmenter.config):
-        return {}
-    config, formed = segmenter.config.suggest(WITH_OPINION), {}
-    if (of_others := form_opinion(cases, config)) is not None:
-        formed["opinion of others"] = of_others
-    lessons = study(segmenter, config, args.data, args.training_images)
-    if any(len(ious) for _, ious in lessons):
-        opinion = learn([features for features, _ in lessons], [ious for _, ious in lessons])
-        scores = np.array([judge(case, config, opinion) for case in cases])
-        formed["opinion of training"] = opinion, scores
-    return formed
+def pick_known(segmenter: Segmenter, config: Config, data: Path, most: int) -> list[Record]:
+    """Images that the first checkpoint was trained on, at most so many, evenly of all kinds; none, and a line that says
+    why, where there are none."""
+    if not most:
+        return []
+    try:
+        records = recall_side(data, config, segmenter.saved, "train")
+    except ValueError as error:  # a folder that holds what validates alone, or lists that leave no other
+        print(f"no training images to learn of: {error}", file=sys.stderr)
+        return []
+    return sorted(records, key=lambda record: record.sub_category)[:: -(-len(records) // most) or 1]
 
 
-def study(segmenter: Segmenter, config: Config, data: Path, most: int) -> list[Lesson]:
-    """The candidates of training images, as `tuning.examine` gives them: of at most so many, evenly of all kinds.
+def study(segmenter: Segmenter, config: Config, records: Sequence[Record]) -> list[Lesson]:
+    """The candidates of each image, as `tuning.examine` gives them.
 
     The network knows these images, so its maps of them are better than those of others will be; that many more
     candidates can be learned from is worth more than that.
     """
-    if not most:
-        return []
-    seen = predict_cases(segmenter, config, data, "train", most)
-    return list(ordered(lambda case: examine(case, config), seen, config.train.n_worker))
+    asked = segmenter.config.suggest(WITH_OPINION)
+    seen = predict_cases(segmenter, config, records)
+    return list(ordered(lambda case: examine(case, asked), seen, config.train.n_worker))
+
+
+def form_opinions(
+    cases: Sequence[Case], lessons: Sequence[Lesson], config: Config
+) -> dict[str, tuple[Opinion, NDArray[np.float64]]]:
+    """Title -> a second opinion, and the scores of the cases by one that has seen neither them nor their kin."""
+    asked, formed = config.suggest(WITH_OPINION), {}
+    if (of_others := form_opinion(cases, asked)) is not None:
+        formed["opinion of others"] = of_others
+    if any(len(ious) for _, ious in lessons):
+        opinion = learn([features for features, _ in lessons], [ious for _, ious in lessons])
+        formed["opinion of training"] = opinion, np.array([judge(case, asked, opinion) for case in cases])
+    return formed
 
 
 def wants_opinion(config: Config) -> bool:
@@ -132,6 +148,8 @@ def format_choice(found: Mapping[str, Any], config: Config) -> str:
 
 def refuse_nonsense(config: Config, args: argparse.Namespace, paths: Sequence[Path]) -> None:
     """What can be known to be wrong before anything is predicted."""
+    if args.training_images < 0:
+        raise ValueError(f"--training-images {args.training_images}: wanted 0 or more")
     if args.export is not None and (args.dry_run or len(paths) > 1):
         why = "--dry-run writes nothing" if args.dry_run else "it writes one network, several are named"
         raise ValueError(f"--export {args.export}: {why}")
@@ -157,18 +175,10 @@ def chosen(config: Config) -> dict[str, object]:
     return {key: dump[key.split(".")[0]][key.split(".")[1]] for key in sorted(keys)}
 
 
-def predict_cases(
-    segmenter: Segmenter, config: Config, data: Path, side: str = "valid", most: int | None = None
-) -> Iterator[Case]:
-    """Images of the split that the first checkpoint was trained on, predicted; at most so many, evenly of all kinds."""
-    records = recall_side(data, config, segmenter.saved, side)
-    if not records and side == "valid":
-        raise ValueError("the split holds no validation image; see [dataset] cv_ratio and valid_ids")
+def predict_cases(segmenter: Segmenter, config: Config, records: Sequence[Record]) -> Iterator[Case]:
+    """The images with their masks, predicted one by one."""
     groups = group_records(records, config.dataset.cv_group)
     kin = {record.id: str(number) for number, group in enumerate(groups) for record in group}
-    if most is not None:
-        records = sorted(records, key=lambda record: record.sub_category)[:: -(-len(records) // most) or 1]
-    segmenter = segmenter.for_many(len(records))
     for record in tqdm(records, "predicting", disable=None):
         try:
             if record.problem or record.masks is None:

@@ -39,6 +39,11 @@ def same_nuclei(a: NDArray[np.integer], b: NDArray[np.integer], iou: float = 0.8
     return found.tp / total if total else 1.0
 
 
+def near(theirs: float, ours: float) -> float:
+    """How near a positive number comes to another: 1 where it is the same, 0.9 where it is a tenth off."""
+    return 1 - abs(theirs - ours) / theirs
+
+
 def mean_of(shares: Sequence[Any], weights: Sequence[Any]) -> float:
     """The mean, weighted; 1 where nothing weighs."""
     return float(np.average(shares, weights=weights)) if sum(weights) else 1.0

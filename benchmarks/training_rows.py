@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
+from benchmarks import agree
 from benchmarks.inputs import Inputs
 from benchmarks.row import Floor, Row
 from config import Config
@@ -74,7 +75,7 @@ def step(inputs: Inputs) -> Row:
         f"a training step of {MODEL}, batch {loader.n_batch} at {config.width} px, ours in {name}",
         plain=_plain_training(copy.deepcopy(network), once.batch, config),
         ours=_training(network, once, config, precision),
-        agree=lambda theirs, ours: 1 - abs(theirs - ours) / theirs,
+        agree=agree.near,
         same=0.97,
         wanted=wanted,
         floor=Floor(n_operations=3 * loader.n_batch * _n_operations(network, config.width), dtype=precision),
@@ -94,7 +95,7 @@ def rate(inputs: Inputs) -> Row:
         f"{N_RATE_STEPS} training steps of {MODEL} from cached images, against as many on a batch that is there",
         plain=_training(copy.deepcopy(network), Repeated(loader, N_RATE_STEPS), config, precision),
         ours=_training(network, loader, config, precision),
-        agree=lambda theirs, ours: 1 - abs(theirs - ours) / theirs,
+        agree=agree.near,
         same=0.3,
         wanted=0.85,
         floor=Floor(
@@ -103,8 +104,8 @@ def rate(inputs: Inputs) -> Row:
         cores=0,
         rounds=2,
         kin=True,
-        note="the plain way is the step alone: wanted is a share of its rate; one batch "
-        "over and over is learned faster, so the losses differ",
+        note="the plain way is the step alone: wanted is a share of its rate; one batch over "
+        "and over is learned faster, so the losses differ",
     )
 
 

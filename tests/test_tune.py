@@ -101,6 +101,16 @@ def test_an_opinion_may_be_learned_from_training_images(data, trained, tmp_path,
     assert kept is not None and kept.std.min() > 0
 
 
+def test_a_folder_without_training_images_is_tuned_on(data, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("confidence.N_STEPS", 20)
+    shutil.copytree(data / "valid", tmp_path / "alone" / "valid")
+    command = [str(trained / "best.pkl"), "--data", str(tmp_path / "alone"), "--dry-run"]
+    assert tune.main(command) == 0
+    said = capsys.readouterr()
+    assert "tuned on others" in said.out and "opinion of training" not in said.out
+    assert "no training images to learn of" in said.err
+
+
 def test_tune_refuses_in_one_line(data, trained, tmp_path, capsys):
     command = ["--data", str(data), "--checkpoint-dir", str(trained)]
     for options, words in (
@@ -109,6 +119,7 @@ def test_tune_refuses_in_one_line(data, trained, tmp_path, capsys):
         (["--set", "post.policy=forest"], "leave it at auto"),
         (["--dry-run", "--export", "x.pkl"], "writes nothing"),
         ([str(trained / "best.pkl"), str(trained / "latest.pkl"), "--export", "x.pkl"], "several are named"),
+        (["--training-images", "-1"], "wanted 0 or more"),
     ):
         assert tune.main([*command, *options]) == 2
         assert words in capsys.readouterr().err
