@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: Images from which on compiling (about three seconds) is worth it.
 LEAST_IMAGES = 4
-#: Most views side by side: each holds maps of its own.
-MOST_STREAMS = 4
+#: Most requests side by side, and most views of each: every one holds maps of its own.
+MOST_STREAMS, MOST_VIEWS = 4, 2
 #: Precision -> OpenVINO's name, and how far a probability may be from the network's own.
 PRECISIONS = {torch.float32: ("f32", 1e-3), torch.bfloat16: ("bf16", 0.1)}
 
@@ -83,13 +83,14 @@ class CompiledNetwork:
         padded = np.pad(images.numpy(), gap, mode="edge")
         # One view alone has all threads; several have a part of them each, which is faster than all for one at a time.
         requests = self._requests(1 if len(images) == 1 else min(self._n_threads, MOST_STREAMS))
+        each = min(-(-len(padded) // len(requests)), MOST_VIEWS)
+        parts = [padded[start : start + each] for start in range(0, len(padded), each)]
         found: list[list[NDArray[np.float32]]] = []
-        for start in range(0, len(padded), len(requests)):
-            views = padded[start : start + len(requests), None]
-            busy = requests[: len(views)]
-            for request, view in zip(busy, views, strict=True):
-                request.start_async([view])
-            for request in busy:
+        for start in range(0, len(parts), len(requests)):
+            busy = list(zip(requests, parts[start : start + len(requests)], strict=False))
+            for request, views in busy:
+                request.start_async([views])
+            for request, _ in busy:
                 request.wait()
                 found.append([output.data[..., :height, :width].copy() for output in request.output_tensors])
         maps = (torch.from_numpy(np.concatenate(of_head)) for of_head in zip(*found, strict=True))
@@ -126,7 +127,7 @@ class _Answers(nn.Module):
 
 
 def _read_graph(network: Network) -> Any:
-    """The network as OpenVINO's graph, for one image of any size."""
+    """The network as OpenVINO's graph, for images of any number and size."""
     # Not openvino.convert_model, which does the same and reports its use to a server.
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -138,7 +139,7 @@ def _read_graph(network: Network) -> Any:
     decoder = TorchScriptPythonDecoder(traced)  # by this name kept alive until it is read
     frontend = FrontEndManager().load_by_framework("pytorch")
     graph = frontend.convert(frontend.load(decoder))
-    graph.reshape([1, 3, -1, -1])
+    graph.reshape([-1, 3, -1, -1])
     return graph
 
 

@@ -3,7 +3,7 @@ take it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,7 +143,20 @@ def clean(labels: Labels, post: Post) -> Labels:
     return relabel(labels)
 
 
-def _choose(post: Post, probs: Probs, opinion: Opinion | None = None) -> tuple[str, str]:
+def heads_read(heads: Collection[str], post: Post, opinion: Opinion | None = None) -> set[str]:
+    """Those of the heads that `instances` looks at, where its maps are of these; without the others it says the same."""
+    if not post.segmentation:
+        return {"semantic"}
+    source, policy = _choose(post, heads, opinion)
+    if policy == "forest":
+        return set(heads) - {"color"}
+    read = {"semantic", source} | FLOODED_BY[policy]
+    if source == "marker" and post.marker_contour:
+        read.add("contour")
+    return read & set(heads)
+
+
+def _choose(post: Post, probs: Collection[str], opinion: Opinion | None = None) -> tuple[str, str]:
     """Source of the markers and policy, where the settings leave them to the heads there are."""
     source, policy = post.marker, post.policy
     if policy == source == "auto" and opinion is not None:
@@ -289,6 +302,8 @@ POLICIES: dict[str, Callable[[Mask, Labels, Probs], Labels]] = {
     "rw": separate_walker,
     "color": separate_color,
 }
+#: Heads that a policy looks at, beside the semantic one.
+FLOODED_BY: dict[str, set[str]] = {"ws": {"contour", "distance"}, "rw": set(), "color": {"color"}}
 
 
 def _markers_from_marker(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:

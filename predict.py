@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import lcm
@@ -26,7 +27,7 @@ from labels import pile, typical_diameter
 from model import load_model, memory_format, place
 from mosaic import PADDING, Mosaic, Read, busiest, needs_tiles
 from network import HEAD_CHANNELS, Network
-from postprocess import clean, expected_quality, instances, merge, merged_thresholds, survey
+from postprocess import clean, expected_quality, heads_read, instances, merge, merged_thresholds, survey
 from tile import cut_blocks, join, round_zoom
 from view import View, combine, show, undo, unzoom_maps, zoom_image
 
@@ -92,6 +93,17 @@ class Segmenter:
             return self
         networks = self.networks
         return replace(self, compiled=[compile_network(network, self.precision) or network for network in networks])
+
+    def for_labels(self) -> Segmenter:
+        """One that gives the same instances, and maps of no other heads than they are read off."""
+        if isinstance(self.networks[0], MaskRCNN):
+            return self
+        heads = {head for network in self.networks for head in network.active}
+        read = heads_read(heads, self.config.post, self.opinion and self.opinion.judge)
+        networks = [copy(network) for network in self.networks]
+        for network in networks:
+            network.active = tuple(head for head in network.active if head in read)
+        return replace(self, networks=networks) if all(network.active for network in networks) else self
 
     def predict(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
         """The instances of an (H, W, 3) uint8 image, (H, W) int32, and the maps they were read off, as `probs` gives

@@ -88,6 +88,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
         raise ValueError(f"{parallel.world()} processes show no figures; say --save, --csv, or what else to write")
 
     tally, folder, began = Tally(), args.output or Path("."), time.monotonic()
+    if not draws(args):
+        segmenter = segmenter.for_labels()
     segmenter = segmenter.for_many(len(records) + LEAST_IMAGES * len(slides))
     stream_slides(parallel.share(slides), segmenter, args, tally)
     delivered = deliver(predict_all(parallel.share(records), segmenter, tally), segmenter, args, tally)
@@ -114,6 +116,11 @@ def run(config: Config, args: argparse.Namespace) -> int:
     refused = f", {len(tally.refused)} refused" if tally.refused else ""
     print(f"{tally.images} images in {time.monotonic() - began:.1f} s{refused}")
     return 3 if tally.refused else 0
+
+
+def draws(args: argparse.Namespace) -> bool:
+    """Whether figures are asked for, or nothing else."""
+    return args.save or not any(getattr(args, name) for name in ("csv", "iou", *WRITERS))
 
 
 def bring_together(tallies: Sequence[Tally], records: Sequence[Record]) -> Tally:
@@ -233,7 +240,6 @@ def deliver(
 ) -> Iterator[tuple[str, NDArray[np.int32]]]:
     """Score, export and draw each result as the command line asks, and hand on its id and labels."""
     config, writers = segmenter.config, [name for name in WRITERS if getattr(args, name)]
-    drawing = args.save or not (args.csv or args.iou or writers)
     folder = args.output or args.data / "predict"
     for result in results:
         tally.images += 1
@@ -252,7 +258,7 @@ def deliver(
         quality = segmenter.quality(result.labels, result.probs) if args.geojson else None
         for name in writers:
             WRITERS[name](folder, result.record.id, result.labels, quality)
-        if drawing:
+        if draws(args):
             figure = draw(result, config)
             if args.save:
                 plot.save(figure, folder / f"{result.record.id}.png")

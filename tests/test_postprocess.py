@@ -11,7 +11,7 @@ from candidate import FEATURES
 from config import Post
 from labels import color
 from metric import average_precision
-from postprocess import MARKERS, POLICIES, candidates, expected_quality, instances, separate_walker
+from postprocess import MARKERS, POLICIES, candidates, expected_quality, heads_read, instances, separate_walker
 from synthetic import draw_sample
 from target import make_targets
 
@@ -412,3 +412,27 @@ def test_each_instance_has_the_quality_that_was_expected_of_it():
     assert expected_quality(labels, probs, Post(), HALF, None) is None
     nothing = {head: np.zeros_like(value) for head, value in probs.items()}
     assert expected_quality(labels * 0, nothing, Post(), HALF, opinion).shape == (0,)
+
+
+@every_policy
+@every_source
+@pytest.mark.parametrize("marker_contour", [0.0, 0.5])
+def test_heads_that_are_not_read_change_nothing(policy, source, marker_contour):
+    probs, post = random_probs(3), Post(policy=policy, marker=source, marker_contour=marker_contour)
+    read = heads_read(probs, post)
+    assert np.array_equal(instances({head: probs[head] for head in read}, post, HALF), instances(probs, post, HALF))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"segmentation": False}, {"semantic"}),
+        ({"policy": "rw", "marker": "marker", "marker_contour": 0}, {"semantic", "marker"}),
+        ({"policy": "rw", "marker": "marker", "marker_contour": 0.5}, {"semantic", "marker", "contour"}),
+        ({"policy": "rw", "marker": "peak"}, {"semantic"}),
+        ({"policy": "ws", "marker": "distance"}, {"semantic", "contour", "distance"}),
+        ({"policy": "forest"}, {"semantic", "marker", "contour", "distance"}),
+    ],
+)
+def test_what_is_read(options, expected):
+    assert heads_read(HALF, Post(**options)) == expected

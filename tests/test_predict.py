@@ -463,3 +463,28 @@ def test_a_detector_is_tiled(monkeypatch):
     assert max(max(shape[1:]) for shape in shapes) <= 96 and len(shapes) > 4
     assert labels.max() == truth.max() and partners(truth, labels) == 1
     assert np.array_equal(probs["semantic"] > 0, truth > 0)
+
+
+@pytest.mark.parametrize(
+    ("post", "heads"),
+    [
+        ({"policy": "rw", "marker": "marker", "marker_contour": 0}, ["semantic", "marker"]),
+        ({"policy": "ws", "marker": "marker"}, ["semantic", "contour", "marker"]),
+    ],
+)
+def test_for_labels_alone_heads_that_rules_do_not_read_are_left_out(post, heads):
+    network = Toy(semantic=brightness, contour=constant(0.3), marker=blurred)
+    config = Config.model_validate({"post": post, "pre": AS_IT_IS, "train": {"device": "cpu"}})
+    whole = Segmenter([network], config, CPU, torch.float32)
+    image, _ = draw_sample(0, (96, 96), "fluorescence", 8)
+    (expected, _), (found, probs) = whole.predict(image), whole.for_labels().predict(image)
+    assert list(probs) == heads
+    assert np.array_equal(found, expected)
+    assert network.active == ("semantic", "contour", "marker")
+
+
+def test_a_network_that_knows_nothing_else_is_asked_all_the_same():
+    networks = [Toy(semantic=brightness, marker=blurred), Toy(contour=constant(0.3))]
+    config = Config.model_validate({"post": {"policy": "rw", "marker": "marker", "marker_contour": 0}})
+    segmenter = Segmenter(networks, config, CPU, torch.float32)
+    assert segmenter.for_labels() is segmenter
