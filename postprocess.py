@@ -144,7 +144,7 @@ def clean(labels: Labels, post: Post) -> Labels:
 
 
 def heads_read(heads: Collection[str], post: Post, opinion: Opinion | None = None) -> set[str]:
-    """Those of the heads that `instances` looks at, where its maps are of these; without the others it says the same."""
+    """Those of the heads that `instances` looks at where there are these: without the others it says the same."""
     if not post.segmentation:
         return {"semantic"}
     source, policy = _choose(post, heads, opinion)
