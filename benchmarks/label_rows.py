@@ -19,7 +19,8 @@ def precision(inputs: Inputs) -> Row:
     pred = _disturb(true)
 
     def stardist(matching: Any) -> Job:
-        above = tuple(np.nextafter(THRESHOLDS, 1))  # it counts an IoU of just the threshold, the competition does not
+        # It counts an IoU of just the threshold, the competition does not; it compares in single precision.
+        above = tuple(np.nextafter(np.float32(THRESHOLDS), np.float32(1)).tolist())
 
         def run() -> list[float]:
             found = matching.matching(true, pred, thresh=above)
