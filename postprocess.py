@@ -150,7 +150,7 @@ def heads_read(heads: Collection[str], post: Post, opinion: Opinion | None = Non
     source, policy = _choose(post, heads, opinion)
     if policy == "forest":
         return set(heads) - {"color"}
-    read = {"semantic", source} | FLOODED_BY[policy]
+    read = {"semantic", source} | FLOODED_BY.get(policy, set(heads))
     if source == "marker" and post.marker_contour:
         read.add("contour")
     return read & set(heads)
@@ -302,7 +302,7 @@ POLICIES: dict[str, Callable[[Mask, Labels, Probs], Labels]] = {
     "rw": separate_walker,
     "color": separate_color,
 }
-#: Heads that a policy looks at, beside the semantic one.
+#: Heads that a policy looks at, beside the semantic one; one that is not here may look at all.
 FLOODED_BY: dict[str, set[str]] = {"ws": {"contour", "distance"}, "rw": set(), "color": {"color"}}
 
 

@@ -84,7 +84,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     records, slides = part_slides(chosen, args, config.valid.slide_size)
     if args.iou and all(record.masks is None for record in records):
         raise ValueError("--iou: none of the images has masks to be scored against")
-    if records and parallel.world() > 1 and not any(getattr(args, name) for name in ("csv", "iou", "save", *WRITERS)):
+    if records and parallel.world() > 1 and draws(args) and not args.save:
         raise ValueError(f"{parallel.world()} processes show no figures; say --save, --csv, or what else to write")
 
     tally, folder, began = Tally(), args.output or Path("."), time.monotonic()

@@ -436,3 +436,7 @@ def test_heads_that_are_not_read_change_nothing(policy, source, marker_contour):
 )
 def test_what_is_read(options, expected):
     assert heads_read(HALF, Post(**options)) == expected
+
+
+def test_a_policy_of_ones_own_may_read_all_heads():
+    assert heads_read(HALF, Post(marker="peak").model_copy(update={"policy": "mine"})) >= set(HALF)
