@@ -170,6 +170,7 @@ class Contour(Section):
     exclusive: bool = False
     precise: bool = False
     adjacent_boundary_only: bool = False
+    touching_only: bool = False
 
 
 class Loss(Section):

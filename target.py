@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 import cv2
 import numpy as np
@@ -20,6 +20,8 @@ MARKER_DEPTH = 0.4
 SOFT_EDGE = 0.7
 #: Two nuclei are adjacent where both come within this many pixels.
 ADJACENT_REACH = 2
+#: Two nuclei touch where both come within this many pixels.
+TOUCHING_REACH = 1
 #: Height and width (px) of the weight along borders, and height of the weight around centroids.
 BORDER_WEIGHT, BORDER_SIGMA, CENTROID_WEIGHT = 4.0, 3.0, 1.0
 #: Height and width (px) of the weight between two nuclei: w0 and sigma of the U-Net paper.
@@ -124,9 +126,9 @@ def _contour(geometry: Geometry) -> BoolMap:
     return cv2.erode(geometry.as_float, _RING) != cv2.dilate(geometry.as_float, _RING)
 
 
-def _adjacent_boundary(geometry: Geometry) -> BoolMap:
-    """Pixels with two different nuclei within `ADJACENT_REACH`: only the borders where nuclei meet."""
-    window = np.ones((2 * ADJACENT_REACH + 1,) * 2, np.uint8)
+def _meeting(geometry: Geometry, reach: int) -> BoolMap:
+    """Pixels with two different nuclei within `reach` (px): only the borders where nuclei meet."""
+    window = np.ones((2 * reach + 1,) * 2, np.uint8)
     highest = cv2.dilate(geometry.as_float, window)
     lowest = cv2.erode(np.where(geometry.inside, geometry.as_float, np.float32(2**24)), window)
     return (lowest != highest) & (highest > 0)
@@ -152,7 +154,8 @@ TARGETS: dict[str, Callable[[Geometry], NDArray]] = {
     "semantic": _semantic,
     "soft_semantic": _soft_semantic,
     "contour": _contour,
-    "adjacent_boundary": _adjacent_boundary,
+    "adjacent_boundary": partial(_meeting, reach=ADJACENT_REACH),
+    "touching": partial(_meeting, reach=TOUCHING_REACH),
     "marker": _marker,
     "distance": _distance,
     "labels": _labels,
@@ -268,6 +271,8 @@ def plan_targets(heads: tuple[str, ...], pre: Pre, contour: Contour) -> dict[str
         rows["semantic"] = "soft_semantic"
     if "contour" in rows and contour.adjacent_boundary_only:
         rows["contour"] = "adjacent_boundary"
+    if "contour" in rows and contour.touching_only:
+        rows["contour"] = "touching"
     return rows
 
 

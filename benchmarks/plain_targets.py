@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import cv2
 import numpy as np
 from scipy import ndimage
@@ -19,6 +21,7 @@ from target import (
     SHAPE_SIGMA,
     SHAPE_WEIGHT,
     SOFT_EDGE,
+    TOUCHING_REACH,
 )
 
 CROSS = ndimage.generate_binary_structure(2, 1)
@@ -59,10 +62,10 @@ def loop_contour(labels):
     return found
 
 
-def loop_adjacent_boundary(labels):
+def loop_meeting(labels, reach):
     near = np.zeros(labels.shape, int)
     for mask, _, _ in each(labels):
-        near += ndimage.binary_dilation(mask, SQUARE, iterations=ADJACENT_REACH)
+        near += ndimage.binary_dilation(mask, SQUARE, iterations=reach)
     return near >= 2
 
 
@@ -146,7 +149,8 @@ LOOPS = {
     "semantic": loop_semantic,
     "soft_semantic": loop_soft_semantic,
     "contour": loop_contour,
-    "adjacent_boundary": loop_adjacent_boundary,
+    "adjacent_boundary": partial(loop_meeting, reach=ADJACENT_REACH),
+    "touching": partial(loop_meeting, reach=TOUCHING_REACH),
     "marker": loop_marker,
     "distance": loop_distance,
     "labels": loop_labels,

@@ -45,6 +45,7 @@ OLD_KEYS = {
         "exclusive": ("yes", True),
         "precise": ("True", True),
         "adjacent_boundary_only": ("on", True),
+        "touching_only": ("on", True),
     },
     "train": {
         "n_epoch": ("7", 7),

@@ -167,6 +167,14 @@ def test_adjacent_boundary_needs_two_near_nuclei():
         assert make_targets(labels, plan)["contour"][0].sum(axis=1).tolist() == [n] * 9
 
 
+def test_touching_is_the_innermost_of_the_adjacent_boundary():
+    for gap, columns in ((0, [7, 8]), (1, [8]), (2, [])):
+        labels = np.zeros((9, 20), np.int32)
+        labels[:, :8], labels[:, 8 + gap :] = 1, 2
+        found = make_targets(labels, {"contour": "touching"})["contour"][0]
+        assert np.flatnonzero(found[4]).tolist() == columns
+
+
 @pytest.mark.parametrize("name", [name for name in MAPS if name != "empty"])
 def test_every_nucleus_has_its_own_core(name):
     labels = MAPS[name]
@@ -289,6 +297,12 @@ def test_plan(heads, binary, adjacent, expected):
     assert plan == expected
     maps = make_targets(MAPS["tissue"], plan, "border")
     assert list(maps) == [*heads, "weight"]
+
+
+@pytest.mark.parametrize("adjacent", [False, True])
+def test_the_narrower_band_is_taken_where_both_are_asked_for(adjacent):
+    contour = Contour(adjacent_boundary_only=adjacent, touching_only=True)
+    assert plan_targets(("semantic", "contour"), Pre(), contour) == {"semantic": "semantic", "contour": "touching"}
 
 
 def test_weight_is_made_only_when_asked_for():
