@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import cv2
@@ -145,7 +146,7 @@ def loop_shape(labels):
     return found + SHAPE_WEIGHT * across * ndimage.gaussian_filter(worth, SHAPE_SIGMA, mode="reflect")
 
 
-LOOPS = {
+LOOPS: dict[str, Callable] = {
     "semantic": loop_semantic,
     "soft_semantic": loop_soft_semantic,
     "contour": loop_contour,
