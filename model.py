@@ -38,16 +38,20 @@ class Decoder(nn.Module):
     """From the deepest map of an encoder back to the finest.
 
     Every step is a transposed convolution to half the channels (2 x 2 where the maps double in size), concatenation
-    with the encoder's map, and a block to the width of that map.
+    with the encoder's map, and a block to the width of that map, or to the `least` width where that is more.
     """
 
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], dilation: int = 1, **options) -> None:
+    def __init__(
+        self, channels: Sequence[int], strides: Sequence[int], dilation: int = 1, least: int = 0, **options
+    ) -> None:
         super().__init__()
-        deep, skip = channels[:0:-1], channels[-2::-1]
+        skip = channels[-2::-1]
+        wide = [max(n, least) for n in skip]
+        deep = [channels[-1], *wide[:-1]]
         steps = [below // above for below, above in zip(strides[:0:-1], strides[-2::-1], strict=True)]
         self.up = nn.ModuleList(nn.ConvTranspose2d(n, n // 2, k, stride=k) for n, k in zip(deep, steps, strict=True))
         self.blocks = nn.ModuleList(
-            ConvBlock(n // 2 + s, s, dilation, **options) for n, s in zip(deep, skip, strict=True)
+            ConvBlock(n // 2 + s, w, dilation, **options) for n, s, w in zip(deep, skip, wide, strict=True)
         )
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -77,6 +81,8 @@ class UNet(Network):
         Channels of the stages of a plain encoder.
     mean, std : three floats, optional
         Normalisation of RGB in [0, 1]; what the encoder wants, where not given.
+    least : int
+        Channels that no block of a decoder is below, however few the encoder's map has.
     blocks
         Of the convolution blocks: dilation, order, activation, norm, dropout.
     """
@@ -90,17 +96,17 @@ class UNet(Network):
         widths: Sequence[int] = WIDTHS,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        least: int = 0,
         **blocks: Any,
     ) -> None:
         body = build_encoder(encoder, widths=widths, **blocks)
         super().__init__(heads, body.strides[-1], mean or body.mean, std or body.std)
         self.encoder = body
         self.decoders = nn.ModuleList(
-            Decoder(body.channels, body.strides, **blocks) for _ in range(1 if shared else len(self.heads))
+            Decoder(body.channels, body.strides, least=least, **blocks) for _ in range(1 if shared else len(self.heads))
         )
-        self.outputs = nn.ModuleDict(
-            {head: make_output(body.channels[0], head, body.strides[0]) for head in self.heads}
-        )
+        width = max(body.channels[0], least)
+        self.outputs = nn.ModuleDict({head: make_output(width, head, body.strides[0]) for head in self.heads})
         self.freeze(frozen)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

@@ -126,6 +126,16 @@ def test_each_head_has_its_decoder_or_all_share_one(name):
         decoder.up[0].bias.copy_(kept)
 
 
+@torch.inference_mode()
+def test_no_block_of_a_decoder_is_below_the_least_width():
+    thin = fresh("lite_camunet", shared=True)
+    wide = fresh("lite_camunet", shared=True, least=32)
+    channels = [[block[0][0].out_channels for block in model.decoders[0].blocks] for model in (thin, wide)]
+    assert channels == [[112, 40, 24, 16], [112, 40, 32, 32]]
+    logits = wide(random_image(1, 3, 33, 50))
+    assert {value.shape for value in logits.values()} == {(1, 1, 33, 50)}
+
+
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PARAMETERS])
 def test_number_of_parameters(name):
     model = build_model(name)
