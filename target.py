@@ -269,10 +269,8 @@ def plan_targets(heads: tuple[str, ...], pre: Pre, contour: Contour) -> dict[str
     rows = {head: LEARNED_FROM.get(head, head) for head in heads}
     if "semantic" in rows and not pre.label_to_binary:
         rows["semantic"] = "soft_semantic"
-    if "contour" in rows and contour.adjacent_boundary_only:
-        rows["contour"] = "adjacent_boundary"
-    if "contour" in rows and contour.touching_only:
-        rows["contour"] = "touching"
+    if "contour" in rows and (contour.touching_only or contour.adjacent_boundary_only):
+        rows["contour"] = "touching" if contour.touching_only else "adjacent_boundary"
     return rows
 
 
