@@ -38,7 +38,7 @@ def main(target: str, *folders: str) -> None:
         print(f"| {Path(folder).name} | {' | '.join(cells)} |")
     ax.axvline(0, color="gray", linewidth=0.8)
     ax.set(yticks=np.arange(len(others)) + 0.15, yticklabels=[Path(folder).name for folder in others])
-    ax.set(xlabel="mean average precision against the baseline; blue: known kinds, orange: unknown kinds")
+    ax.set(xlabel="mean AP against the baseline; blue: known kinds, orange: unknown")
     ax.invert_yaxis()
     figure.savefig(target)
 
