@@ -48,9 +48,10 @@ from pipeline import ordered
 from postprocess import Labels, Probs
 from predict import Segmenter
 from record import Record
+from schedule import plan_stretch
 from score import Score, score_image, summarize
 from target import make_targets, plan_targets
-from trainer import Trainer, log_graph, plan_span
+from trainer import Trainer, log_graph
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -76,9 +77,9 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
     if state is not None:
         trainer.restore(state)
-    saved = None if state is None else trainer.span
+    saved = None if state is None else trainer.stretch
     n_epoch, minutes = (None, None) if restarted else (args.epoch, args.minutes)
-    trainer.span = plan_span(trainer.epoch, saved, n_epoch, minutes, config.train, changed)
+    trainer.stretch = plan_stretch(trainer.epoch, saved, n_epoch, minutes, config.train, changed)
     if trainer.finished:
         print(f"Trained to epoch {trainer.epoch} already; --epoch N or --minutes M trains on, --no-resume starts anew")
         return 0

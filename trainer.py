@@ -1,4 +1,4 @@
-"""The training loop: schedule, steps, averages, logs, and a state that a killed run takes up again."""
+"""The training loop: steps, averages, logs, and a state that a killed run takes up again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from helper import Meter, autocast, save_checkpoint, write_current
 from loss import Criterion
 from model import memory_format
 from network import Network
+from schedule import SCHEDULES, Stretch
 
 logger = logging.getLogger(__name__)
 
@@ -43,111 +44,6 @@ _SYNC_BUFFERS = next(
     for name in ("forward_sync_buffers", "broadcast_buffers")
     if name in inspect.signature(DistributedDataParallel).parameters
 )
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of training with one schedule over it.
-
-    Attributes
-    ----------
-    start, target : int
-        Epochs done before it, and at its end; `target` is 0 where the clock decides.
-    minutes : float
-        Wall time of the stretch; 0 where epochs decide.
-    elapsed : float
-        Seconds of it that are spent, over all interruptions.
-    """
-
-    start: int
-    target: int
-    minutes: float = 0.0
-    elapsed: float = 0.0
-
-    def progress(self, epoch: float, elapsed: float) -> float:
-        """How much of the stretch is done, 0 to 1, after `epoch` epochs (with fractions) and `elapsed` seconds."""
-        if self.minutes:
-            return min(elapsed / (60 * self.minutes), 1.0)
-        return min((epoch - self.start) / max(self.target - self.start, 1), 1.0)
-
-    def done(self, epoch: int) -> bool:
-        return self.elapsed >= 60 * self.minutes if self.minutes else epoch >= self.target
-
-
-def plan_span(
-    epoch: int, saved: Span | None, n_epoch: int | None, minutes: float | None, train: Train, changed: bool = False
-) -> Span:
-    """What to train now.
-
-    Parameters
-    ----------
-    epoch : int
-        Epochs done.
-    saved : Span or None
-        The stretch of the checkpoint.
-    n_epoch, minutes : optional
-        What the user asked for on the command line.
-    changed : bool
-        The user has set another length in `train` than the checkpoint was trained for.
-
-    Raises
-    ------
-    ValueError
-        Less than nothing is asked for.
-
-    Notes
-    -----
-    The stretch of the checkpoint goes on to its end when nothing else is asked for, or the same again; so a command
-    that is simply repeated after a crash ends where it would have ended. Else what is asked for counts from here.
-    """
-    for name, value in (("--epoch", n_epoch), ("--minutes", minutes)):
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} {value}: wanted more than 0")
-    asked = minutes is not None or n_epoch is not None
-    if saved is not None and not asked and not changed:
-        return saved
-    if saved is not None and asked and not saved.done(epoch):
-        if minutes is not None and saved.minutes == minutes:
-            return saved
-        if minutes is None and not saved.minutes and saved.target - saved.start == n_epoch:
-            return saved
-    if n_epoch is not None:
-        return Span(epoch, epoch + n_epoch)
-    if minutes is not None or train.minutes:
-        return Span(epoch, 0, minutes or train.minutes)
-    return Span(epoch, max(train.n_epoch, epoch))
-
-
-def _constant(progress: float, epoch: int, train: Train) -> float:
-    return 1.0
-
-
-def _step(progress: float, epoch: int, train: Train) -> float:
-    return train.step_factor ** (epoch // train.step_epochs)
-
-
-def _onecycle(progress: float, epoch: int, train: Train) -> float:
-    """Up and down in straight lines (Smith and Topin 2017, arXiv:1708.07120)."""
-    if progress < train.warm_up:
-        return progress / train.warm_up
-    return (1 - progress) / max(1 - train.warm_up, 1e-9)
-
-
-def _cosine(progress: float, epoch: int, train: Train) -> float:
-    """Up in a straight line, down along a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
-    if progress < train.warm_up:
-        return progress / train.warm_up
-    return 0.5 * (1 + math.cos(math.pi * (progress - train.warm_up) / max(1 - train.warm_up, 1e-9)))
-
-
-#: (progress in [0, 1], epoch, settings) -> factor on the learning rate; without a state of its own, so a resume is
-#: exact
-SCHEDULES: dict[str, Callable[[float, int, Train], float]] = {
-    "constant": _constant,
-    "step": _step,
-    "onecycle": _onecycle,
-    "cosine": _cosine,
-}
 
 
 class Learner(nn.Module):
@@ -220,7 +116,7 @@ class Trainer:
         self.thaw_epoch = thaw_epoch(config, model)
         self.schedule = pick(SCHEDULES, config.train.schedule, "schedule")
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        self.span = Span(0, config.train.n_epoch)
+        self.stretch = Stretch(0, config.train.n_epoch)
         self.epoch = 0
         self.step = 0
         self.best = -math.inf
@@ -239,7 +135,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "span": asdict(self.span),
+            "span": asdict(self.stretch),
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
@@ -260,7 +156,7 @@ class Trainer:
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.span = Span(**state["span"])
+        self.stretch = Stretch(**state["span"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.scores, self.judged = dict(state["scores"]), state.get("judged", state["epoch"])
         torch.set_rng_state(state["random"]["cpu"])
@@ -281,7 +177,7 @@ class Trainer:
     # Training
 
     def run(self, log: SummaryWriter | None) -> None:
-        """Train to the end of the span, with a checkpoint after every epoch; `log` is the main process's, or None.
+        """Train to the end of the stretch, with a checkpoint after every epoch; `log` is the main process's, or None.
 
         A run that was killed while it validated validates first.
         """
@@ -295,26 +191,26 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether the span is over, and its last scores are known."""
-        return self.span.done(self.epoch) and not self.owes_scores
+        """Whether the stretch is over, and its last scores are known."""
+        return self.stretch.done(self.epoch) and not self.owes_scores
 
     @property
     def owes_scores(self) -> bool:
         """Whether this epoch is one to validate after, and was not."""
-        due = self.epoch % self.config.train.n_cv_epoch == 0 or self.span.done(self.epoch)
+        due = self.epoch % self.config.train.n_cv_epoch == 0 or self.stretch.done(self.epoch)
         return self.evaluate is not None and self.epoch > 0 and due and self.judged != self.epoch
 
     def _train_epoch(self, log: SummaryWriter | None) -> None:
         """One epoch, or what the clock leaves of it."""
         self._start_epoch()
-        began, spent = time.monotonic(), self.span.elapsed
+        began, spent = time.monotonic(), self.stretch.elapsed
         meters = Meters(self.criterion.terms)
         steps = self.loader.steps()
         bar = tqdm(total=len(steps), desc=f"epoch {self.epoch + 1}", leave=False, disable=parallel.bar_off())
         with closing(self.loader.epoch(self.epoch)) as batches, autotuned_convolutions():
             for i, (parts, waited) in enumerate(_timed(batches, steps)):
                 progress = self._progress(i / len(steps), spent + time.monotonic() - began)
-                if self.span.minutes and progress >= 1:
+                if self.stretch.minutes and progress >= 1:
                     break
                 self._set_rates(progress)
                 self._train_step(parts, meters)
@@ -339,10 +235,10 @@ class Trainer:
             torch.manual_seed(int(seeds.generate_state(1)[0]))
 
     def _progress(self, done: float, elapsed: float) -> float:
-        """How much of the span is done, after so much of the epoch; by the clock of the main process."""
-        if self.span.minutes:  # or one process would leave the epoch, and the others wait for it
+        """How much of the stretch is done, after so much of the epoch; by the clock of the main process."""
+        if self.stretch.minutes:  # or one process would leave the epoch, and the others wait for it
             elapsed = parallel.from_main(lambda: elapsed)
-        return self.span.progress(self.epoch + done, elapsed)
+        return self.stretch.progress(self.epoch + done, elapsed)
 
     def _set_rates(self, progress: float) -> None:
         factor = self.schedule(progress, self.epoch, self.config.train)
@@ -353,7 +249,7 @@ class Trainer:
         for network in (self.model, self.average):
             parallel.average(norm_statistics(network))
         self.epoch += 1
-        self.span = replace(self.span, elapsed=parallel.from_main(lambda: elapsed))
+        self.stretch = replace(self.stretch, elapsed=parallel.from_main(lambda: elapsed))
         if log is not None:
             for name, value in means.items():
                 log.add_scalar(f"train/{name}", value, self.epoch)
@@ -398,7 +294,7 @@ class Trainer:
         began = time.monotonic()
         self.scores, self.judged = dict(self.evaluate(self.average)), self.epoch
         spent = parallel.from_main(lambda: time.monotonic() - began)
-        self.span = replace(self.span, elapsed=self.span.elapsed + spent)
+        self.stretch = replace(self.stretch, elapsed=self.stretch.elapsed + spent)
         text = "    ".join(f"{name}: {value:.4f}" for name, value in self.scores.items())
         tqdm.write(f"Valid: [{self.epoch}]    {text}")
         if log is not None:

@@ -24,7 +24,8 @@ from image import Cache
 from loss import Criterion
 from model import build_model, place
 from network import Network
-from trainer import Span, Trainer, pick_rules, sum_losses
+from schedule import Stretch
+from trainer import Trainer, pick_rules, sum_losses
 
 CPU = torch.device("cpu")
 MODEL = "camunet"
@@ -129,7 +130,7 @@ def _training(network: Network, loader: Loader, config: Config, precision: torch
     trainer = Unsaved(place(network, CPU), loader, config, Path(os.devnull), CPU, precision)
 
     def run() -> float:
-        trainer.span, log = Span(trainer.epoch, trainer.epoch + 1), Losses()
+        trainer.stretch, log = Stretch(trainer.epoch, trainer.epoch + 1), Losses()
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             trainer.run(cast(SummaryWriter, log))
         return log.values[-1]

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("columns", "config", "files", "labels", "light", "network", "parallel", "pipeline", "png"),
-    ("candidate", "collage", "color", "stain"),
+    ("candidate", "collage", "color", "schedule", "stain"),
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
         "tile", "annotation", "footprint", "helper", "view", "engine",

@@ -26,8 +26,9 @@ from dataset import build_loader, open_cache
 from helper import DEFAULT_WEIGHTS, is_restarted, load_checkpoint, pick_device, write_current
 from model import build_model, place
 from record import find_records
+from schedule import Stretch
 from synthetic import write_dataset
-from trainer import Span, Trainer
+from trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -216,7 +217,7 @@ def learn(folder: Path, out: Path, name: str) -> None:
     """Train as `RUNS` says, in this process's part, and keep what came of it."""
     sections, n_epoch = RUNS[name]
     trainer, log = make(folder, out / name, sections), Log()
-    trainer.span = Span(0, n_epoch)
+    trainer.stretch = Stretch(0, n_epoch)
     trainer.run(log)  # type: ignore[arg-type]
     kept = {"weights": trainer.model.state_dict(), "average": trainer.average.state_dict(), "scalars": log.scalars}
     torch.save(kept | {"step": trainer.step}, out / f"{name}-{parallel.rank()}.pt")
@@ -287,13 +288,13 @@ with parallel.joined():
     trainer.time = SimpleNamespace(monotonic=lambda: rate * time.monotonic())
     sections = test_parallel.merged(test_parallel.ALIKE, param={"model": "unet"})
     one = test_parallel.make(Path(sys.argv[1]), Path(sys.argv[2]) / "clock", sections)
-    one.span = trainer.Span(0, 0, minutes=0.05)
+    one.stretch = test_parallel.Stretch(0, 0, minutes=0.05)
     one.run(None)
-    Path(sys.argv[2], f"{parallel.rank()}.txt").write_text(f"{one.step} {one.span.elapsed}")
+    Path(sys.argv[2], f"{parallel.rank()}.txt").write_text(f"{one.step} {one.stretch.elapsed}")
 """
 
 
-def test_the_main_clock_ends_a_span_for_all(data, tmp_path):
+def test_the_main_clock_ends_a_stretch_for_all(data, tmp_path):
     """The other's runs five times as fast; it must neither stop early nor let the main process wait."""
     done = start(worker(tmp_path, CLOCKS), data, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -389,7 +390,7 @@ with parallel.joined():
     device = pick_device("auto")
     assert device.index == parallel.rank()
     one = test_parallel.make(Path(sys.argv[1]), Path(sys.argv[2]), test_parallel.SYNCED_NORMS, device)
-    one.span = test_parallel.Span(0, 1)
+    one.stretch = test_parallel.Stretch(0, 1)
     one.run(None)
 """
 SYNCED_NORMS = merged(ALIKE, param={"norm": "batch"}, train={"n_batch": 4, "sync_batchnorm": True})
@@ -401,7 +402,7 @@ def test_norms_over_two_gpus_are_those_of_one(data, tmp_path):
     done = start(worker(tmp_path, SYNCED), data, tmp_path / "two")
     assert done.returncode == 0, done.stderr
     one = make(data, tmp_path / "one", SYNCED_NORMS, torch.device("cuda"))
-    one.span = Span(0, 1)
+    one.stretch = Stretch(0, 1)
     one.run(None)
     found, expected = (load_checkpoint(tmp_path / name / "latest.pkl")["weights"] for name in ("two", "one"))
     for key, value in expected.items():

@@ -1,4 +1,4 @@
-"""The trainer room: schedules of the right shape, spans that end where they should, and a resume that is exact."""
+"""The trainer room: steps that do what they should, and a resume that is exact."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from helper import load_checkpoint, read_current
 from model import build_model, load_model, place
 from predict import Segmenter
 from record import find_records
+from schedule import Stretch
 from synthetic import write_dataset
 from trainer import (
-    SCHEDULES,
     Meters,
-    Span,
     Trainer,
     adapt,
     autotuned_convolutions,
@@ -34,7 +33,6 @@ from trainer import (
     log_graph,
     norm_statistics,
     pick_rules,
-    plan_span,
     sum_losses,
     thaw_epoch,
     update_average,
@@ -87,109 +85,6 @@ def same(a, b) -> bool:
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
-
-
-# Schedules and spans
-
-
-@pytest.mark.parametrize(
-    ("name", "points"),
-    [
-        ("constant", {0: 1, 0.5: 1, 1: 1}),
-        ("onecycle", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 0.5, 1: 0}),
-        ("cosine", {0: 0, 0.1: 0.5, 0.2: 1, 0.6: 0.5, 0.4: 0.5 + 0.5 * math.sqrt(0.5), 1: 0}),
-    ],
-)
-def test_schedule_goes_through_its_points(name, points):
-    found = {progress: SCHEDULES[name](progress, 0, Train(warm_up=0.2)) for progress in points}
-    assert found == pytest.approx(points, abs=1e-9)
-
-
-def test_step_schedule_falls_every_so_many_epochs():
-    train = Train(step_epochs=10, step_factor=0.3)
-    found = [SCHEDULES["step"](0.5, epoch, train) for epoch in (0, 9, 10, 19, 20)]
-    assert found == pytest.approx([1, 1, 0.3, 0.3, 0.09])
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("warm_up", [0.0, 0.1, 1.0])
-def test_schedule_stays_within_bounds(name, warm_up):
-    train = Train(warm_up=warm_up, step_epochs=5)
-    found = [SCHEDULES[name](progress, round(20 * progress), train) for progress in np.linspace(0, 1, 101)]
-    assert all(0 <= factor <= 1 for factor in found)
-    assert max(found) == pytest.approx(1, abs=0.02)
-
-
-def test_progress_of_epochs_and_of_the_clock():
-    epochs, clock = Span(10, 30), Span(10, 0, minutes=2.0, elapsed=60)
-    assert [epochs.progress(epoch, 1e9) for epoch in (10, 15.5, 30, 31)] == [0, 0.275, 1, 1]
-    assert [clock.progress(1e9, elapsed) for elapsed in (0, 30, 120, 500)] == [0, 0.25, 1, 1]
-    assert [epochs.done(epoch) for epoch in (29, 30, 31)] == [False, True, True]
-    assert not clock.done(10**6)
-    assert Span(10, 0, minutes=2.0, elapsed=120).done(10)
-
-
-HALFWAY, FINISHED = Span(0, 100), Span(0, 40)
-CLOCK, RUN_DOWN = Span(7, 0, 60.0, elapsed=600.0), Span(7, 0, 60.0, elapsed=3601.0)
-
-
-@pytest.mark.parametrize(
-    ("epoch", "saved", "n_epoch", "minutes", "train", "expected"),
-    [
-        # nothing yet: what is asked for, else what the settings say
-        (0, None, None, None, {}, Span(0, 100)),
-        (0, None, 20, None, {}, Span(0, 20)),
-        (0, None, None, 30.0, {}, Span(0, 0, 30.0)),
-        (0, None, None, None, {"minutes": 15}, Span(0, 0, 15.0)),
-        (0, None, 20, None, {"minutes": 15}, Span(0, 20)),
-        # cut off: finished when nothing or the same is asked for
-        (40, HALFWAY, None, None, {}, HALFWAY),
-        (40, HALFWAY, 100, None, {}, HALFWAY),
-        (40, HALFWAY, None, None, {"n_epoch": 50}, HALFWAY),
-        (40, CLOCK, None, None, {}, CLOCK),
-        (40, CLOCK, None, 60.0, {}, CLOCK),
-        (40, CLOCK, None, None, {"minutes": 60}, CLOCK),
-        # cut off, and something else is asked for: counted from here
-        (40, HALFWAY, 20, None, {}, Span(40, 60)),
-        (40, HALFWAY, None, 30.0, {}, Span(40, 0, 30.0)),
-        (40, CLOCK, None, 30.0, {}, Span(40, 0, 30.0)),
-        (40, CLOCK, 20, None, {}, Span(40, 60)),
-        # finished: further epochs are counted from here, and nothing asked for is nothing to do
-        (40, FINISHED, 40, None, {}, Span(40, 80)),
-        (40, FINISHED, None, 60.0, {}, Span(40, 0, 60.0)),
-        (40, RUN_DOWN, None, 60.0, {}, Span(40, 0, 60.0)),
-        (100, HALFWAY, None, None, {}, HALFWAY),
-        (40, FINISHED, None, None, {}, FINISHED),
-        (40, RUN_DOWN, None, None, {"minutes": 60}, RUN_DOWN),
-    ],
-)
-def test_plan_of_what_to_train_now(epoch, saved, n_epoch, minutes, train, expected):
-    assert plan_span(epoch, saved, n_epoch, minutes, Train(**train)) == expected
-
-
-@pytest.mark.parametrize(
-    ("epoch", "saved", "train", "expected"),
-    [
-        (40, HALFWAY, {"n_epoch": 50}, Span(40, 50)),
-        (40, HALFWAY, {"n_epoch": 20}, Span(40, 40)),
-        (40, FINISHED, {"n_epoch": 100}, Span(40, 100)),
-        (40, CLOCK, {"minutes": 90}, Span(40, 0, 90.0)),
-        (40, RUN_DOWN, {"n_epoch": 60}, Span(40, 60)),
-    ],
-)
-def test_a_length_set_anew_counts(epoch, saved, train, expected):
-    assert plan_span(epoch, saved, None, None, Train(**train), changed=True) == expected
-
-
-@pytest.mark.parametrize(("n_epoch", "minutes"), [(0, None), (-2, None), (None, -1.0), (None, 0.0)])
-def test_less_than_nothing_is_refused(n_epoch, minutes):
-    with pytest.raises(ValueError, match="wanted more than 0"):
-        plan_span(3, None, n_epoch, minutes, Train())
-
-
-def test_a_finished_span_is_done():
-    for epoch, saved, train in ((100, HALFWAY, {}), (120, FINISHED, {}), (40, RUN_DOWN, {"minutes": 60})):
-        assert plan_span(epoch, saved, None, None, Train(**train)).done(epoch)
 
 
 # Parts
@@ -260,17 +155,17 @@ def test_a_resumed_run_equals_one_that_was_never_cut(folder, tmp_path):
 
     config = settings(train={"schedule": "cosine", "warm_up": 0.3})
     straight = make(folder, tmp_path / "a", config, dropout=0.2)
-    straight.span = Span(0, 4)
+    straight.stretch = Stretch(0, 4)
     straight.run(Log())
 
     cut = make(folder, tmp_path / "b", config, dropout=0.2, loader=CutOff)
-    cut.span = Span(0, 4)
+    cut.stretch = Stretch(0, 4)
     with pytest.raises(KeyboardInterrupt):
         cut.run(Log())
 
     resumed = make(folder, tmp_path / "b", config, dropout=0.2, seed=77)
     resumed.restore(load_checkpoint(read_current(tmp_path / "b")))
-    assert (resumed.epoch, resumed.step, resumed.span.target) == (2, 4, 4)
+    assert (resumed.epoch, resumed.step, resumed.stretch.target) == (2, 4, 4)
     resumed.run(Log())
 
     expected, found = straight.state(), resumed.state()
@@ -290,7 +185,7 @@ def test_checkpoints_of_a_run(folder, tmp_path):
         return {"score": next(answers), "iou": 0.9}
 
     trainer, log = make(folder, tmp_path, settings(), evaluate), Log()
-    trainer.span = Span(0, 3)
+    trainer.stretch = Stretch(0, 3)
     trainer.run(log)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2.pkl", "best.pkl", "current.json", "latest.pkl"]
     epochs = {path.stem: load_checkpoint(path)["epoch"] for path in tmp_path.glob("*.pkl")}
@@ -312,7 +207,7 @@ def test_validation_comes_every_so_often_and_at_the_end(folder, tmp_path):
         return {"score": 0.0}
 
     trainer = make(folder, tmp_path, settings(train={"n_cv_epoch": 2}), evaluate)
-    trainer.span = Span(0, 3)
+    trainer.stretch = Stretch(0, 3)
     trainer.run(Log())
     assert epochs == [2, 3]
 
@@ -321,7 +216,7 @@ def test_training_lowers_the_loss(folder, tmp_path):
     still = dict.fromkeys((row.switch for row in AUGMENTATIONS.values()), False)
     config = settings(train={"n_batch": 4, "schedule": "constant"}, pre=still)
     trainer, log = make(folder, tmp_path, config), Log()
-    trainer.span = Span(0, 12)
+    trainer.stretch = Stretch(0, 12)
     trainer.run(log)
     losses = [value for _, value in log.scalars["train/loss"]]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
@@ -329,17 +224,17 @@ def test_training_lowers_the_loss(folder, tmp_path):
 
 def test_the_schedule_sets_the_learn_rate(folder, tmp_path):
     trainer, log = make(folder, tmp_path, settings(train={"n_batch": 4, "schedule": "onecycle", "warm_up": 0.5})), Log()
-    trainer.span = Span(0, 4)
+    trainer.stretch = Stretch(0, 4)
     trainer.run(log)
     assert [rate for _, rate in log.scalars["train/learn_rate"]] == pytest.approx([0, 0.005, 0.01, 0.005])
 
 
-def test_the_clock_ends_a_span(folder, tmp_path):
+def test_the_clock_ends_a_stretch(folder, tmp_path):
     trainer = make(folder, tmp_path, settings())
-    trainer.span = Span(0, 0, minutes=0.01)
+    trainer.stretch = Stretch(0, 0, minutes=0.01)
     trainer.run(Log())
-    assert 0.6 <= trainer.span.elapsed < 5
-    assert load_checkpoint(tmp_path / "latest.pkl")["span"]["elapsed"] == trainer.span.elapsed
+    assert 0.6 <= trainer.stretch.elapsed < 5
+    assert load_checkpoint(tmp_path / "latest.pkl")["span"]["elapsed"] == trainer.stretch.elapsed
 
 
 @pytest.mark.parametrize(
@@ -352,7 +247,7 @@ def test_only_the_wanted_heads_are_trained(folder, tmp_path, contour, trained):
     parts = {"semantic": (trainer.model.decoders[0], trainer.model.outputs["semantic"]),
              "contour": (trainer.model.decoders[1], trainer.model.outputs["contour"])}  # fmt: skip
     before = {head: [p.detach().clone() for part in own for p in part.parameters()] for head, own in parts.items()}
-    trainer.span = Span(0, 1)
+    trainer.stretch = Stretch(0, 1)
     trainer.run(Log())
     for head, own in parts.items():
         moved = [not torch.equal(p, old) for p, old in zip(
@@ -419,10 +314,10 @@ def test_the_encoder_is_frozen_then_thawed_then_trained_at_its_own_rate(folder, 
     config = settings(default={"width": 64}, param=param, train={"n_epoch": 2, "schedule": "constant"})
     trainer = make(folder, tmp_path, config)
     start = {name: value.clone() for name, value in trainer.model.encoder.state_dict().items()}
-    trainer.span = Span(0, 1)
+    trainer.stretch = Stretch(0, 1)
     trainer.run(Log())
     assert all(torch.equal(value, start[name]) for name, value in trainer.model.encoder.state_dict().items())
-    trainer.span = Span(1, 2)
+    trainer.stretch = Stretch(1, 2)
     trainer.run(Log())
     assert not any(torch.equal(p, start[name]) for name, p in trainer.model.encoder.named_parameters())
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.005, 0.01]
@@ -431,7 +326,7 @@ def test_the_encoder_is_frozen_then_thawed_then_trained_at_its_own_rate(folder, 
 def test_a_state_with_one_group_of_parameters_is_taken_up(folder, tmp_path):
     """As checkpoints were before encoders had a rate of their own."""
     trainer = make(folder, tmp_path / "a", settings(train={"n_epoch": 1}))
-    trainer.span = Span(0, 1)
+    trainer.stretch = Stretch(0, 1)
     trainer.run(Log())
     state = trainer.state()
     groups = state["optimizer"]["param_groups"]
@@ -446,14 +341,14 @@ def test_a_state_with_one_group_of_parameters_is_taken_up(folder, tmp_path):
 def test_every_family_trains_and_resumes(name, folder, tmp_path):
     config = settings(default={"width": 64}, param={"model": name, "learn_rate": 1e-3}, train={"n_epoch": 2})
     log, trainer = Log(), make(folder, tmp_path, config)
-    trainer.span = Span(0, 2)
+    trainer.stretch = Stretch(0, 2)
     trainer.run(log)
     assert all(math.isfinite(value) for values in log.scalars.values() for _, value in values)
     state = load_checkpoint(tmp_path / "latest.pkl")
     again = make(folder, tmp_path, config, seed=1)
     for one in (again, trainer):
         one.restore(copy.deepcopy(state))  # with the state of torch's generator, by which a detector draws its samples
-        one.span = Span(2, 3)
+        one.stretch = Stretch(2, 3)
         one.run(Log())
     assert same(again.model.state_dict(), trainer.model.state_dict())
     state = load_checkpoint(tmp_path / "latest.pkl")
@@ -485,7 +380,7 @@ def test_a_step_of_smaller_batches_is_the_large_step(folder, tmp_path, clip_norm
         trainer, log = make(folder, tmp_path / str(accumulate), config, norm="group"), Log()
         trainer.model.double()
         trainer.average.double()
-        trainer.span = Span(0, 2)
+        trainer.stretch = Stretch(0, 2)
         trainer.run(log)
         trainers.append(trainer)
         logs.append(log.scalars)
@@ -512,7 +407,7 @@ def test_a_compiled_network_learns_the_same_under_the_same_names(name, folder, t
     for wanted in (False, True):
         config = settings(default={"width": 64}, param={"model": name}, train={"compile": wanted})
         trainer = make(folder, tmp_path / str(wanted), config)
-        trainer.span = Span(0, 1)
+        trainer.stretch = Stretch(0, 1)
         assert not traced
         trainer.run(Log())
         states.append(load_checkpoint(tmp_path / str(wanted) / "latest.pkl"))
@@ -562,7 +457,7 @@ def test_every_family_trains_and_predicts_on_a_gpu(name, precision, folder, tmp_
     config = settings(default={"width": 64}, param={"model": name})
     loader = make(folder, tmp_path, config).loader
     trainer = Trainer(place(build_model(name), device), loader, config, tmp_path, device, precision)
-    trainer.span = Span(0, 1)
+    trainer.stretch = Stretch(0, 1)
     trainer.run(Log())
     labels = Segmenter([trainer.average], config, device, precision)(np.zeros((50, 70, 3), np.uint8))
     assert labels.shape == (50, 70)
@@ -577,7 +472,7 @@ def test_a_gradient_beyond_float16_is_passed_over_on_a_gpu(folder, tmp_path):
     trainer = Trainer(place(build_model("unet"), device), loader, config, tmp_path, device, torch.float16)
     trainer.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
     before = copy.deepcopy(trainer.model.state_dict())
-    trainer.span = Span(0, 1)
+    trainer.stretch = Stretch(0, 1)
     trainer.run(Log())
     assert trainer.scaler.get_scale() < 2.0**40
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
