@@ -10,6 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage as ndi
 
 from annotation import write_sample
 from config import pick
@@ -36,6 +37,7 @@ EOSIN = (0.10, 0.80, 0.30)
 DAB = (0.27, 0.57, 0.78)  # diaminobenzidine, brown; from the same paper as hematoxylin
 THIONIN = (0.62, 1.05, 0.17)  # violet sections
 GIEMSA = (0.48, 1.05, 0.30)  # purple smears of blood and marrow
+ALUM = (0.63, 0.78, 0.36)  # hematoxylin as scanned slides of many laboratories show it, more violet
 GRAY = (1.0, 1.0, 1.0)
 
 
@@ -279,18 +281,25 @@ def _paint_fluorescence(
     flow: Map,
     blur: tuple[float, float] = (0.7, 1.3),
     glow: tuple[float, float] = (0.05, 0.25),
+    spots: float = 0.0,
+    ghosts: float = 0.0,
 ) -> Map:
     """Glowing nuclei, dim to bright, seen through a lens that blurs and a camera that counts photons.
 
     `blur` (pixels) and `glow` (share of the light that is spread far around) are drawn between two values: thick tissue
-    is never all in focus.
+    is never all in focus. Up to `spots`, chromatin lies in bright grains and rims; up to `ghosts`, nuclei above and
+    below shine through, out of focus and not labelled.
     """
     deep = depth(labels)
     bright = np.clip(np.exp(rng.normal(-0.6, 0.45, labels.max() + 1)), 0.12, 1.3).astype(np.float32)
     grain = 0.16 * _noise(rng, labels.shape, 2.2) + 0.12 * _noise(rng, labels.shape, 5)
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.2, 0, 1)
     dome = 1 - 0.45 * np.exp(-deep / 2.5)
+    dome += spots * (rng.uniform(0, 1.2) * np.clip(_noise(rng, labels.shape, 3.5) - 1, 0, 2))
+    dome += spots * rng.uniform(-0.3, 0.8) * np.exp(-((deep - 1.5) ** 2) / 2)
     light = np.where(labels > 0, bright[labels] * dome * np.maximum(1 + grain - 0.5 * nucleoli, 0.2), 0)
+    behind = ghosts * rng.uniform(0, 0.35) * _drops(rng, labels.shape, 0.006 * rng.random(), (7, 13))
+    light += cv2.GaussianBlur(behind.astype(np.float32), (0, 0), rng.uniform(2.5, 6))
     haze = cv2.GaussianBlur(light, (0, 0), 14) * rng.uniform(*glow)
     light = cv2.GaussianBlur(light, (0, 0), rng.uniform(*blur)) + haze
     light *= rng.uniform(0.25, 0.95) * (1 + 0.06 * _noise(rng, labels.shape, 120))
@@ -310,6 +319,72 @@ def _paint_tissue(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map
     haze = 0.10 * np.maximum(1 + 0.6 * _noise(rng, shape, 18), 0)
     nuclei = rng.uniform(0.85, 1.25) * _chromatin(rng, labels)
     return _transmit(rng, [(nuclei + haze * (1 - rift), HEMATOXYLIN), (eosin * (1 - 0.95 * rift), EOSIN)])
+
+
+def _paint_cells(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
+    """Hematoxylin and eosin again, of organs rather than fibres, and no two images stained alike.
+
+    Nuclei sit in cells that border on each other, their bodies empty, pink or bluish and their walls dark, pale or not
+    to be seen; between the cells run strands of fibre, blood lies in drops, and a lumen is white. What looks like a
+    nucleus and is none, red cells and smudges, is not labelled.
+    """
+    shape = labels.shape
+    strand = _smoothstep(_noise(rng, shape, 60) + 0.3 * _noise(rng, shape, 15), rng.uniform(0.2, 1.6), 1.8)
+    lumen = _smoothstep(_noise(rng, shape, 55) + 0.2 * _noise(rng, shape, 8), rng.uniform(0.9, 2.2), 2.4)
+    lumen *= 1 - np.exp(-((_distance(labels == 0) / rng.uniform(4, 12)) ** 2))
+    tissue = 1 - lumen
+    body, wall = _bodies(rng, labels)
+    grain = 1 + rng.uniform(0.05, 0.3) * _noise(rng, shape, 3) + rng.uniform(0.05, 0.3) * _noise(rng, shape, 8)
+    pink, blue = rng.uniform(0.03, 0.75), rng.uniform(0, 0.35) ** 1.5
+    fibre = rng.uniform(0.4, 1.0) * np.maximum(1 + 0.3 * _fibres(rng, flow), 0.1)
+    eosin = (pink * body * (1 - strand) + fibre * strand) * np.maximum(grain, 0.1)
+    eosin += rng.uniform(-0.6, 0.7) * wall * (1 - strand) * min(1.0, pink + 0.3)
+    haze = blue * body * np.maximum(grain + 0.3 * _noise(rng, shape, 14), 0) + 0.5 * blue * strand
+    red = _drops(rng, shape, 0.004 * rng.random() ** 2, (3.5, 6.5)) * (labels == 0)
+    smudge = cv2.GaussianBlur(_drops(rng, shape, 0.003 * rng.random() ** 2, (4, 10)), (0, 0), rng.uniform(2, 4))
+    nuclei = rng.uniform(0.65, 1.5) * _chromatin(rng, labels, openness=rng.uniform(0.2, 5))
+    nuclei = cv2.GaussianBlur(nuclei, (0, 0), rng.uniform(0.3, 1.2))
+    haze = np.maximum(haze, 0.5 * smudge) * tissue
+    inside = np.where(labels > 0, rng.uniform(0.2, 0.7), 1.0)
+    eosin = np.maximum(np.maximum(eosin * tissue * inside, 0.9 * red), 0)
+    image = _transmit(rng, [(np.maximum(nuclei, haze) + 0.2 * haze, _vary(rng, ALUM)), (eosin, _vary(rng, EOSIN))])
+    return image * rng.uniform(0.85, 1.0, 3).astype(np.float32)
+
+
+def _bodies(rng: np.random.Generator, labels: NDArray[np.int32]) -> tuple[Map, Map]:
+    """The cells around nuclei, each of a stain of its own: (H, W), about 1; and the walls between them, in [0, 1]."""
+    if not labels.any():
+        return np.ones(labels.shape, np.float32), np.zeros(labels.shape, np.float32)
+    nearest = ndi.distance_transform_edt(labels == 0, return_distances=False, return_indices=True)
+    cell = labels[tuple(nearest)].astype(np.float32)
+    y, x = np.mgrid[: labels.shape[0], : labels.shape[1]].astype(np.float32)
+    bend = rng.uniform(0.5, 3)
+    cell = cv2.remap(
+        cell, x + bend * _noise(rng, labels.shape, 14), y + bend * _noise(rng, labels.shape, 14), cv2.INTER_NEAREST
+    )
+    own = np.exp(rng.normal(0, rng.uniform(0, 0.4), labels.max() + 1)).astype(np.float32)
+    ring = np.ones((3, 3), np.uint8)
+    wall = (cv2.dilate(cell, ring) != cv2.erode(cell, ring)).astype(np.float32)
+    width = rng.uniform(0.6, 1.8)
+    wall = np.minimum(2 * width * cv2.GaussianBlur(wall, (0, 0), width), 1)
+    return cv2.GaussianBlur(own[cell.astype(np.int32)], (0, 0), 1.5), wall
+
+
+def _drops(rng: np.random.Generator, shape: tuple[int, ...], density: float, radius: tuple[float, float]) -> Map:
+    """Round drops of one size in heaps, `density` of them a pixel of a heap: (H, W), 1 inside and 0 outside."""
+    drops = np.zeros(shape, np.uint8)
+    heap = _noise(rng, shape, 40) > 0.5
+    size = rng.uniform(*radius)
+    for y, x in rng.uniform(0, 1, (rng.poisson(density * drops.size), 2)) * shape:
+        if heap[int(y), int(x)]:
+            center, r = (int(x * 16), int(y * 16)), int(16 * size * rng.uniform(0.85, 1.15))
+            cv2.circle(drops, center, r, 1, cv2.FILLED, shift=4)
+    return drops.astype(np.float32)
+
+
+def _vary(rng: np.random.Generator, stain: tuple[float, ...]) -> tuple[float, ...]:
+    """A stain as another laboratory has it: other optical densities, and more or less of all of them."""
+    return tuple(np.maximum(np.array(stain) + rng.normal(0, 0.08, 3), 0.03) * rng.uniform(0.8, 1.25))
 
 
 def _paint_counterstain(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
@@ -361,13 +436,14 @@ def _transmit(rng: np.random.Generator, layers: list[tuple[Map, tuple[float, ...
     return image + 0.008 * rng.standard_normal(image.shape, np.float32)
 
 
-def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32]) -> Map:
+def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32], openness: float = 1.2) -> Map:
     """Stain taken up by nuclei, (H, W), about 1 inside and 0 outside.
 
-    Each is somewhere between dense (dark throughout) and vesicular (pale, clumped, dark rim and nucleolus).
+    Each is somewhere between dense (dark throughout) and vesicular (pale, clumped, dark rim and nucleolus), the more of
+    them the latter the greater the `openness`.
     """
     n = labels.max() + 1
-    open_ = (rng.beta(1.2, 1.6, n).astype(np.float32))[labels]
+    open_ = (rng.beta(openness, 1.6, n).astype(np.float32))[labels]
     strength = np.clip(rng.normal(1, 0.16, n), 0.6, 1.5).astype(np.float32)[labels]
     clumps = 0.7 * _noise(rng, labels.shape, 2.5) + 0.5 * _noise(rng, labels.shape, 5)
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.3, 0, 1)
@@ -430,6 +506,8 @@ def _smoothstep(values: Map, low: float, high: float) -> Map:
 
 _paint_thick = partial(_paint_fluorescence, blur=(1.1, 2.2), glow=(0.3, 0.9))
 
+_paint_layer = partial(_paint_fluorescence, blur=(0.6, 1.8), glow=(0.1, 0.5), spots=1.0, ghosts=1.0)
+
 KINDS: dict[str, Kind] = {
     "fluorescence": Kind((9, 17), 0.18, (1.0, 1.8), 0.035, (0.08, 0.30), 0.35, 0.2, _paint_fluorescence),
     "dense": Kind((5, 8), 0.15, (1.0, 1.5), 0.035, (0.12, 0.35), 0.85, 0.0, _paint_fluorescence),
@@ -439,4 +517,7 @@ KINDS: dict[str, Kind] = {
     "thick": Kind((5, 11), 0.22, (1.1, 2.8), 0.05, (0.22, 0.42), 0.85, 0.5, _paint_thick),
     "infiltrate": Kind((5, 9), 0.20, (1.0, 1.8), 0.05, (0.22, 0.42), 0.80, 0.2, _paint_tissue),
     "counterstain": Kind((5, 11), 0.22, (1.0, 2.4), 0.045, (0.12, 0.36), 0.60, 0.4, _paint_counterstain),
+    "epithelium": Kind((7, 14), 0.20, (1.0, 1.8), 0.04, (0.12, 0.40), 0.30, 0.2, _paint_cells),
+    "carcinoma": Kind((8, 16), 0.35, (1.0, 2.4), 0.055, (0.20, 0.42), 0.25, 0.4, _paint_cells),
+    "layer": Kind((7, 15), 0.22, (1.0, 2.2), 0.045, (0.15, 0.45), 0.30, 0.4, _paint_layer),
 }
