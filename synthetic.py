@@ -10,14 +10,23 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage as ndi
 
 from annotation import write_sample
 from config import pick
 from image import Pixels, write_pixels
-from labels import depth
+from paint import (
+    Map,
+    draw_flow,
+    paint_brightfield,
+    paint_cells,
+    paint_counterstain,
+    paint_fluorescence,
+    paint_layer,
+    paint_purple,
+    paint_thick,
+    paint_tissue,
+)
 
-Map = NDArray[np.floating]
 Paint = Callable[[np.random.Generator, NDArray[np.int32], Map], Map]
 
 GAP = 3  # background pixels between two nuclei that may not touch
@@ -29,16 +38,6 @@ N_TRIES = 12  # places tried per nucleus before the image counts as full
 TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)  # a contour is drawn through this many points
 CIRCLE = np.stack([np.cos(TURN), np.sin(TURN)])
 BUMPS = np.concatenate([2 / k * np.stack([np.cos(k * TURN), np.sin(k * TURN)]) for k in (2, 3, 4, 5)])
-
-# Optical densities (red, green, blue) of one unit of stain. Hematoxylin is that of Ruifrok & Johnston, Anal
-# Quant Cytol Histol 23 (2001); the others are chosen to look like the slides they stand for.
-HEMATOXYLIN = (0.65, 0.70, 0.29)
-EOSIN = (0.10, 0.80, 0.30)
-DAB = (0.27, 0.57, 0.78)  # diaminobenzidine, brown; from the same paper as hematoxylin
-THIONIN = (0.62, 1.05, 0.17)  # violet sections
-GIEMSA = (0.48, 1.05, 0.30)  # purple smears of blood and marrow
-ALUM = (0.63, 0.78, 0.36)  # hematoxylin as scanned slides of many laboratories show it, more violet
-GRAY = (1.0, 1.0, 1.0)
 
 
 class Nucleus(NamedTuple):
@@ -112,7 +111,7 @@ def draw_sample(
     rng = np.random.default_rng(seed)
     drawn = list(KINDS)[rng.integers(len(KINDS))]  # drawn even where not needed: naming it changes nothing
     row = pick(KINDS, drawn if kind is None else kind, "kind")
-    flow = _draw_flow(rng, shape)
+    flow = draw_flow(rng, shape)
     labels = _draw_labels(rng, row, flow, n_nuclei, 0 if touching else GAP)
     image = row.paint(rng, labels, flow)
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), labels
@@ -272,252 +271,16 @@ def _take(taken: NDArray[np.uint8], window: tuple[slice, slice], mask: NDArray[n
     np.maximum(around, cv2.dilate(grown, square), out=around)
 
 
-# Light and stain
-
-
-def _paint_fluorescence(
-    rng: np.random.Generator,
-    labels: NDArray[np.int32],
-    flow: Map,
-    blur: tuple[float, float] = (0.7, 1.3),
-    glow: tuple[float, float] = (0.05, 0.25),
-    spots: float = 0.0,
-    ghosts: float = 0.0,
-) -> Map:
-    """Glowing nuclei, dim to bright, seen through a lens that blurs and a camera that counts photons.
-
-    `blur` (pixels) and `glow` (share of the light that is spread far around) are drawn between two values: thick tissue
-    is never all in focus. Up to `spots`, chromatin lies in bright grains and rims; up to `ghosts`, nuclei above and
-    below shine through, out of focus and not labelled.
-    """
-    deep = depth(labels)
-    bright = np.clip(np.exp(rng.normal(-0.6, 0.45, labels.max() + 1)), 0.12, 1.3).astype(np.float32)
-    grain = 0.16 * _noise(rng, labels.shape, 2.2) + 0.12 * _noise(rng, labels.shape, 5)
-    nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.2, 0, 1)
-    dome = 1 - 0.45 * np.exp(-deep / 2.5)
-    dome += spots * (rng.uniform(0, 1.2) * np.clip(_noise(rng, labels.shape, 3.5) - 1, 0, 2))
-    dome += spots * rng.uniform(-0.3, 0.8) * np.exp(-((deep - 1.5) ** 2) / 2)
-    light = np.where(labels > 0, bright[labels] * dome * np.maximum(1 + grain - 0.5 * nucleoli, 0.2), 0)
-    behind = ghosts * rng.uniform(0, 0.35) * _drops(rng, labels.shape, 0.006 * rng.random(), (7, 13))
-    light += cv2.GaussianBlur(behind.astype(np.float32), (0, 0), rng.uniform(2.5, 6))
-    haze = cv2.GaussianBlur(light, (0, 0), 14) * rng.uniform(*glow)
-    light = cv2.GaussianBlur(light, (0, 0), rng.uniform(*blur)) + haze
-    light *= rng.uniform(0.25, 0.95) * (1 + 0.06 * _noise(rng, labels.shape, 120))
-    light += rng.uniform(0.015, 0.05)
-    photons = rng.uniform(150, 900)
-    light = rng.poisson(np.maximum(light, 0) * photons) / photons + rng.normal(0, 0.004, labels.shape)
-    return np.repeat(light.astype(np.float32)[..., None], 3, axis=2)
-
-
-def _paint_tissue(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
-    """Hematoxylin and eosin: purple nuclei among wavy pink fibres, with a pale rift here and there."""
-    shape = labels.shape
-    fibres = 0.6 * _fibres(rng, flow) + 0.5 * _noise(rng, shape, 9) + 0.5 * _noise(rng, shape, 40)
-    rift = _smoothstep(_noise(rng, shape, 50) + 0.15 * fibres, 1.1, 1.35)
-    rift *= 1 - np.exp(-((_distance(labels == 0) / 7) ** 2))  # nuclei keep some tissue around them
-    eosin = rng.uniform(0.4, 0.65) * np.maximum(1 + 0.32 * fibres, 0.15) + 0.04 * _noise(rng, shape, 2)
-    haze = 0.10 * np.maximum(1 + 0.6 * _noise(rng, shape, 18), 0)
-    nuclei = rng.uniform(0.85, 1.25) * _chromatin(rng, labels)
-    return _transmit(rng, [(nuclei + haze * (1 - rift), HEMATOXYLIN), (eosin * (1 - 0.95 * rift), EOSIN)])
-
-
-def _paint_cells(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
-    """Hematoxylin and eosin again, of organs rather than fibres, and no two images stained alike.
-
-    Nuclei sit in cells that border on each other, their bodies empty, pink or bluish and their walls dark, pale or not
-    to be seen; between the cells run strands of fibre, blood lies in drops, and a lumen is white. What looks like a
-    nucleus and is none, red cells and smudges, is not labelled.
-    """
-    shape = labels.shape
-    strand = _smoothstep(_noise(rng, shape, 60) + 0.3 * _noise(rng, shape, 15), rng.uniform(0.2, 1.6), 1.8)
-    lumen = _smoothstep(_noise(rng, shape, 55) + 0.2 * _noise(rng, shape, 8), rng.uniform(0.9, 2.2), 2.4)
-    lumen *= 1 - np.exp(-((_distance(labels == 0) / rng.uniform(4, 12)) ** 2))
-    tissue = 1 - lumen
-    body, wall = _bodies(rng, labels)
-    grain = 1 + rng.uniform(0.05, 0.3) * _noise(rng, shape, 3) + rng.uniform(0.05, 0.3) * _noise(rng, shape, 8)
-    pink, blue = rng.uniform(0.03, 0.75), rng.uniform(0, 0.35) ** 1.5
-    fibre = rng.uniform(0.4, 1.0) * np.maximum(1 + 0.3 * _fibres(rng, flow), 0.1)
-    eosin = (pink * body * (1 - strand) + fibre * strand) * np.maximum(grain, 0.1)
-    eosin += rng.uniform(-0.6, 0.7) * wall * (1 - strand) * min(1.0, pink + 0.3)
-    haze = blue * body * np.maximum(grain + 0.3 * _noise(rng, shape, 14), 0) + 0.5 * blue * strand
-    red = _drops(rng, shape, 0.004 * rng.random() ** 2, (3.5, 6.5)) * (labels == 0)
-    smudge = cv2.GaussianBlur(_drops(rng, shape, 0.003 * rng.random() ** 2, (4, 10)), (0, 0), rng.uniform(2, 4))
-    nuclei = rng.uniform(0.65, 1.5) * _chromatin(rng, labels, openness=rng.uniform(0.2, 5))
-    nuclei = cv2.GaussianBlur(nuclei, (0, 0), rng.uniform(0.3, 1.2))
-    haze = np.maximum(haze, 0.5 * smudge) * tissue
-    inside = np.where(labels > 0, rng.uniform(0.2, 0.7), 1.0)
-    eosin = np.maximum(np.maximum(eosin * tissue * inside, 0.9 * red), 0)
-    image = _transmit(rng, [(np.maximum(nuclei, haze) + 0.2 * haze, _vary(rng, ALUM)), (eosin, _vary(rng, EOSIN))])
-    return image * rng.uniform(0.85, 1.0, 3).astype(np.float32)
-
-
-def _bodies(rng: np.random.Generator, labels: NDArray[np.int32]) -> tuple[Map, Map]:
-    """The cells around nuclei, each of a stain of its own: (H, W), about 1; and the walls between them, in [0, 1]."""
-    if not labels.any():
-        return np.ones(labels.shape, np.float32), np.zeros(labels.shape, np.float32)
-    nearest = ndi.distance_transform_edt(labels == 0, return_distances=False, return_indices=True)
-    cell = labels[tuple(nearest)].astype(np.float32)
-    y, x = np.mgrid[: labels.shape[0], : labels.shape[1]].astype(np.float32)
-    bend = rng.uniform(0.5, 3)
-    cell = cv2.remap(
-        cell, x + bend * _noise(rng, labels.shape, 14), y + bend * _noise(rng, labels.shape, 14), cv2.INTER_NEAREST
-    )
-    own = np.exp(rng.normal(0, rng.uniform(0, 0.4), labels.max() + 1)).astype(np.float32)
-    ring = np.ones((3, 3), np.uint8)
-    wall = (cv2.dilate(cell, ring) != cv2.erode(cell, ring)).astype(np.float32)
-    width = rng.uniform(0.6, 1.8)
-    wall = np.minimum(2 * width * cv2.GaussianBlur(wall, (0, 0), width), 1)
-    return cv2.GaussianBlur(own[cell.astype(np.int32)], (0, 0), 1.5), wall
-
-
-def _drops(rng: np.random.Generator, shape: tuple[int, ...], density: float, radius: tuple[float, float]) -> Map:
-    """Round drops of one size in heaps, `density` of them a pixel of a heap: (H, W), 1 inside and 0 outside."""
-    drops = np.zeros(shape, np.uint8)
-    heap = _noise(rng, shape, 40) > 0.5
-    size = rng.uniform(*radius)
-    for y, x in rng.uniform(0, 1, (rng.poisson(density * drops.size), 2)) * shape:
-        if heap[int(y), int(x)]:
-            center, r = (int(x * 16), int(y * 16)), int(16 * size * rng.uniform(0.85, 1.15))
-            cv2.circle(drops, center, r, 1, cv2.FILLED, shift=4)
-    return drops.astype(np.float32)
-
-
-def _vary(rng: np.random.Generator, stain: tuple[float, ...]) -> tuple[float, ...]:
-    """A stain as another laboratory has it: other optical densities, and more or less of all of them."""
-    return tuple(np.maximum(np.array(stain) + rng.normal(0, 0.08, 3), 0.03) * rng.uniform(0.8, 1.25))
-
-
-def _paint_counterstain(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
-    """Immunohistochemistry: blue nuclei, pale to dark, among grayish fibres; patches of tissue are marked brown."""
-    shape = labels.shape
-    fibres = 0.5 * _fibres(rng, flow) + 0.4 * _noise(rng, shape, 9)
-    marked = _smoothstep(_noise(rng, shape, 45) + 0.2 * fibres, rng.uniform(-0.3, 0.8), 1.6)
-    brown = rng.uniform(0.2, 0.7) * marked * np.maximum(1 + 0.3 * fibres, 0.1) * np.where(labels > 0, 0.4, 1)
-    haze = rng.uniform(0.08, 0.25) * np.maximum(1 + 0.4 * fibres, 0)
-    nuclei = rng.uniform(0.5, 1.1) * _chromatin(rng, labels)
-    return _transmit(rng, [(np.maximum(nuclei, haze), HEMATOXYLIN), (brown, DAB)])
-
-
-def _paint_purple(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
-    """One purple stain, anywhere between a smear on near-white and a section on lilac ground."""
-    section = rng.random()
-    stain = tuple(np.array(GIEMSA) * (1 - section) + np.array(THIONIN) * section)
-    shape = labels.shape
-    uneven = 0.08 * _fibres(rng, flow) + 0.2 * _noise(rng, shape, 50) + 0.06 * _noise(rng, shape, 5)
-    ground = (0.05 + 0.3 * section) * np.maximum(1 + uneven, 0)
-    cytoplasm = 0.14 * (1 - section) * cv2.GaussianBlur(_cells(rng, labels, reach=7), (0, 0), 2)
-    nuclei = rng.uniform(1.0, 1.5) * _chromatin(rng, labels)
-    dust = np.full(shape, 0.06, np.float32)
-    return _transmit(rng, [(np.maximum(nuclei, ground + cytoplasm), stain), (dust, GRAY)])
-
-
-def _paint_brightfield(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
-    """Gray smear: dark nuclei inside faint, folded cell bodies on light, unevenly lit ground."""
-    shape = labels.shape
-    folds = 0.1 * _fibres(rng, flow) + 0.14 * _noise(rng, shape, 4) + 0.18 * _noise(rng, shape, 12)
-    cells = _cells(rng, labels, reach=rng.uniform(14, 24))
-    body = rng.uniform(0.18, 0.4) * cells * np.maximum(1 + folds, 0.1)
-    ground = rng.uniform(0.06, 0.2) + 0.02 * _noise(rng, shape, 100) + 0.006 * _noise(rng, shape, 2)
-    nuclei = rng.uniform(0.7, 1.1) * _chromatin(rng, labels)
-    gray = _transmit(rng, [(ground + body + nuclei, (1.0,))])
-    return np.repeat(gray, 3, axis=2)
-
-
-def _transmit(rng: np.random.Generator, layers: list[tuple[Map, tuple[float, ...]]]) -> Map:
-    """Send white light through stains (Beer-Lambert), a lens and a camera.
-
-    `layers` pairs an amount of stain, (H, W), with its C optical densities. Returns (H, W, C), about [0, 1].
-    """
-    density = np.zeros((*layers[0][0].shape, len(layers[0][1])), np.float32)
-    for amount, stain in layers:
-        density += amount[..., None] * np.array(stain, np.float32)
-    image = cv2.GaussianBlur(np.exp(-density), (0, 0), 0.85)
-    image = image.reshape(density.shape)  # OpenCV drops a lone channel
-    return image + 0.008 * rng.standard_normal(image.shape, np.float32)
-
-
-def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32], openness: float = 1.2) -> Map:
-    """Stain taken up by nuclei, (H, W), about 1 inside and 0 outside.
-
-    Each is somewhere between dense (dark throughout) and vesicular (pale, clumped, dark rim and nucleolus), the more of
-    them the latter the greater the `openness`.
-    """
-    n = labels.max() + 1
-    open_ = (rng.beta(openness, 1.6, n).astype(np.float32))[labels]
-    strength = np.clip(rng.normal(1, 0.16, n), 0.6, 1.5).astype(np.float32)[labels]
-    clumps = 0.7 * _noise(rng, labels.shape, 2.5) + 0.5 * _noise(rng, labels.shape, 5)
-    nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.3, 0, 1)
-    rim = np.exp(-((depth(labels) - 1) ** 2) / 2.5)
-    inside = 1.15 - 0.55 * open_ + (0.08 + 0.22 * open_) * clumps + 0.4 * open_ * rim + 0.8 * open_ * nucleoli
-    edge = np.where(depth(labels) <= 1, 0.8, 1.0)  # seen slantwise, so that touching nuclei show a seam
-    return np.where(labels > 0, strength * np.maximum(inside, 0.15) * edge, 0).astype(np.float32)
-
-
-def _cells(rng: np.random.Generator, labels: NDArray[np.int32], reach: float) -> Map:
-    """Ragged cell bodies about `reach` pixels around nuclei: (H, W) in [0, 1], a little darker at the rim."""
-    ragged = 0.3 * _noise(rng, labels.shape, 22) + 0.06 * _noise(rng, labels.shape, 6)
-    far = _distance(labels == 0) + reach * ragged
-    inside = _smoothstep(-far, -reach - 1, -reach + 1)
-    return inside * (0.8 + 0.2 * np.exp(-(((far - reach) / 2) ** 2)))
-
-
-def _distance(mask: NDArray[np.bool_]) -> Map:
-    """Distance of each True pixel to the nearest False one; bounded where there is none."""
-    far = np.float32(sum(mask.shape))
-    return np.minimum(cv2.distanceTransform(mask.astype(np.uint8), cv2.DIST_L2, 5), far)
-
-
-def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> Map:
-    """Smooth noise, (H, W) of mean 0 and variance about 1, whose bumps are about `scale` pixels wide."""
-    height, width = (int(np.ceil(size / scale)) + 1 for size in shape)
-    coarse = rng.standard_normal((height, width), np.float32)
-    fine = cv2.resize(coarse, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    top, left = (int(rng.integers(0, max(int(scale), 1))) for _ in range(2))
-    return 1.2 * fine[top : top + shape[0], left : left + shape[1]]
-
-
-def _draw_flow(rng: np.random.Generator, shape: tuple[int, int]) -> Map:
-    """Direction of the fibres: (2, H, W), the y and x of unit vectors that turn slowly across the image."""
-    angle = rng.uniform(-np.pi, np.pi) + 0.7 * _noise(rng, shape, 90)
-    return np.stack([np.sin(angle), np.cos(angle)]).astype(np.float32)
-
-
-def _fibres(rng: np.random.Generator, flow: Map) -> Map:
-    """Streaks along `flow`: noise averaged along the stream lines, (H, W), mean 0 and variance 1.
-
-    Line integral convolution (Cabral & Leedom 1993, doi:10.1145/166117.166151) by doubling: each pass
-    reaches twice as far as the one before, so four of them smear over some 30 pixels.
-    """
-    y, x = np.mgrid[: flow.shape[1], : flow.shape[2]].astype(np.float32)
-    streaks = _noise(rng, flow.shape[1:], 3)
-    for step in (1, 2, 4, 8):
-        ends = [
-            cv2.remap(streaks, x + s * flow[1], y + s * flow[0], cv2.INTER_LINEAR, None, cv2.BORDER_REFLECT)
-            for s in (-step, step)
-        ]
-        streaks = (streaks + ends[0] + ends[1]) / 3
-    return (streaks - streaks.mean()) / max(streaks.std(), 1e-6)
-
-
-def _smoothstep(values: Map, low: float, high: float) -> Map:
-    part = np.clip((values - low) / (high - low), 0, 1)
-    return part * part * (3 - 2 * part)
-
-
-_paint_thick = partial(_paint_fluorescence, blur=(1.1, 2.2), glow=(0.3, 0.9))
-
-_paint_layer = partial(_paint_fluorescence, blur=(0.6, 1.8), glow=(0.1, 0.5), spots=1.0, ghosts=1.0)
-
 KINDS: dict[str, Kind] = {
-    "fluorescence": Kind((9, 17), 0.18, (1.0, 1.8), 0.035, (0.08, 0.30), 0.35, 0.2, _paint_fluorescence),
-    "dense": Kind((5, 8), 0.15, (1.0, 1.5), 0.035, (0.12, 0.35), 0.85, 0.0, _paint_fluorescence),
-    "tissue": Kind((7, 11), 0.22, (1.1, 2.6), 0.04, (0.12, 0.30), 0.35, 0.75, _paint_tissue),
-    "purple": Kind((7, 12), 0.22, (1.0, 2.0), 0.045, (0.10, 0.28), 0.50, 0.4, _paint_purple),
-    "brightfield": Kind((6, 10), 0.20, (1.0, 1.6), 0.04, (0.02, 0.08), 0.30, 0.0, _paint_brightfield),
-    "thick": Kind((5, 11), 0.22, (1.1, 2.8), 0.05, (0.22, 0.42), 0.85, 0.5, _paint_thick),
-    "infiltrate": Kind((5, 9), 0.20, (1.0, 1.8), 0.05, (0.22, 0.42), 0.80, 0.2, _paint_tissue),
-    "counterstain": Kind((5, 11), 0.22, (1.0, 2.4), 0.045, (0.12, 0.36), 0.60, 0.4, _paint_counterstain),
-    "epithelium": Kind((7, 14), 0.20, (1.0, 1.8), 0.04, (0.12, 0.40), 0.30, 0.2, _paint_cells),
-    "carcinoma": Kind((8, 16), 0.35, (1.0, 2.4), 0.055, (0.20, 0.42), 0.25, 0.4, _paint_cells),
-    "layer": Kind((7, 15), 0.22, (1.0, 2.2), 0.045, (0.15, 0.45), 0.30, 0.4, _paint_layer),
+    "fluorescence": Kind((9, 17), 0.18, (1.0, 1.8), 0.035, (0.08, 0.30), 0.35, 0.2, paint_fluorescence),
+    "dense": Kind((5, 8), 0.15, (1.0, 1.5), 0.035, (0.12, 0.35), 0.85, 0.0, paint_fluorescence),
+    "tissue": Kind((7, 11), 0.22, (1.1, 2.6), 0.04, (0.12, 0.30), 0.35, 0.75, paint_tissue),
+    "purple": Kind((7, 12), 0.22, (1.0, 2.0), 0.045, (0.10, 0.28), 0.50, 0.4, paint_purple),
+    "brightfield": Kind((6, 10), 0.20, (1.0, 1.6), 0.04, (0.02, 0.08), 0.30, 0.0, paint_brightfield),
+    "thick": Kind((5, 11), 0.22, (1.1, 2.8), 0.05, (0.22, 0.42), 0.85, 0.5, paint_thick),
+    "infiltrate": Kind((5, 9), 0.20, (1.0, 1.8), 0.05, (0.22, 0.42), 0.80, 0.2, paint_tissue),
+    "counterstain": Kind((5, 11), 0.22, (1.0, 2.4), 0.045, (0.12, 0.36), 0.60, 0.4, paint_counterstain),
+    "epithelium": Kind((7, 14), 0.20, (1.0, 1.8), 0.04, (0.12, 0.40), 0.30, 0.2, paint_cells),
+    "carcinoma": Kind((8, 16), 0.35, (1.0, 2.4), 0.055, (0.20, 0.42), 0.25, 0.4, paint_cells),
+    "layer": Kind((7, 15), 0.22, (1.0, 2.2), 0.045, (0.15, 0.45), 0.30, 0.4, paint_layer),
 }

@@ -15,7 +15,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     (
         "image", "record", "transform", "target", "encoder", "mixedscale", "detector", "loss", "metric", "postprocess",
         "tile", "annotation", "footprint", "helper", "view", "engine",
-        "outline", "likeness", "download",
+        "outline", "likeness", "download", "paint",
     ),
     (
         "division", "confidence", "link", "piece", "plot", "score", "stitching", "audit", "survey",
