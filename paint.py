@@ -75,29 +75,32 @@ def paint_cells(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) 
 
     Nuclei sit in cells that border on each other, their bodies empty, pink or bluish and their walls dark, pale or not
     to be seen; between the cells run strands of fibre, blood lies in drops, and a lumen is white. What looks like a
-    nucleus and is none, red cells and smudges, is not labelled.
+    nucleus and is none, red cells, vacuoles and smudges, is not labelled.
     """
-    shape = labels.shape
+    shape, outside = labels.shape, labels == 0
     strand = _smoothstep(_noise(rng, shape, 60) + 0.3 * _noise(rng, shape, 15), rng.uniform(0.2, 1.6), 1.8)
     lumen = _smoothstep(_noise(rng, shape, 55) + 0.2 * _noise(rng, shape, 8), rng.uniform(0.9, 2.2), 2.4)
-    lumen *= 1 - np.exp(-((_distance(labels == 0) / rng.uniform(4, 12)) ** 2))
-    tissue = 1 - lumen
+    lumen *= 1 - np.exp(-((_distance(outside) / rng.uniform(4, 12)) ** 2))
+    vacuoles = _drops(rng, shape, 0.003 * rng.random() ** 3, (3, 14)) * outside
+    tissue = (1 - lumen) * (1 - rng.uniform(0.5, 1) * vacuoles)
     body, wall = _bodies(rng, labels)
-    grain = 1 + rng.uniform(0.05, 0.3) * _noise(rng, shape, 3) + rng.uniform(0.05, 0.3) * _noise(rng, shape, 8)
-    pink, blue = rng.uniform(0.03, 0.75), rng.uniform(0, 0.35) ** 1.5
+    grain = 1 + rng.uniform(0.05, 0.3) * _noise(rng, shape, 3) + rng.uniform(0.05, 0.45) * _noise(rng, shape, 8)
+    pink, blue = rng.uniform(0.03, 0.75), rng.uniform(0, 0.65) ** 2
     fibre = rng.uniform(0.4, 1.0) * np.maximum(1 + 0.3 * _fibres(rng, flow), 0.1)
     eosin = (pink * body * (1 - strand) + fibre * strand) * np.maximum(grain, 0.1)
     eosin += rng.uniform(-0.6, 0.7) * wall * (1 - strand) * min(1.0, pink + 0.3)
     haze = blue * body * np.maximum(grain + 0.3 * _noise(rng, shape, 14), 0) + 0.5 * blue * strand
-    red = _drops(rng, shape, 0.004 * rng.random() ** 2, (3.5, 6.5)) * (labels == 0)
+    red = _drops(rng, shape, 0.004 * rng.random() ** 2, (3.5, 6.5)) * outside
     smudge = cv2.GaussianBlur(_drops(rng, shape, 0.003 * rng.random() ** 2, (4, 10)), (0, 0), rng.uniform(2, 4))
-    nuclei = rng.uniform(0.65, 1.5) * _chromatin(rng, labels, openness=rng.uniform(0.2, 5))
-    nuclei = cv2.GaussianBlur(nuclei, (0, 0), rng.uniform(0.3, 1.2))
+    # Nuclei are darker than the bodies around them, if by little.
+    chromatin = _chromatin(rng, labels, openness=rng.uniform(0.2, 5), pale=rng.uniform(0.5, 0.85))
+    nuclei = (0.8 * blue + rng.uniform(0.45, 1.3)) * chromatin
+    nuclei = cv2.GaussianBlur(nuclei, (0, 0), rng.uniform(0.3, 1.1))
     haze = np.maximum(haze, 0.5 * smudge) * tissue
-    inside = np.where(labels > 0, rng.uniform(0.2, 0.7), 1.0)
-    eosin = np.maximum(np.maximum(eosin * tissue * inside, 0.9 * red), 0)
-    image = _transmit(rng, [(np.maximum(nuclei, haze) + 0.2 * haze, _vary(rng, ALUM)), (eosin, _vary(rng, EOSIN))])
-    return image * rng.uniform(0.85, 1.0, 3).astype(np.float32)
+    eosin = np.maximum(np.maximum(eosin * tissue * np.where(outside, 1.0, rng.uniform(0.2, 0.8)), 0.9 * red), 0)
+    image = _transmit(rng, [(np.maximum(nuclei + 0.5 * haze, haze), _vary(rng, ALUM)), (eosin, _vary(rng, EOSIN))])
+    sharper = image + rng.uniform(0, 0.8) * (image - cv2.GaussianBlur(image, (0, 0), 1.5))  # as scanners do
+    return sharper * rng.uniform(0.85, 1.0, 3).astype(np.float32)
 
 
 def _bodies(rng: np.random.Generator, labels: NDArray[np.int32]) -> tuple[Map, Map]:
@@ -184,11 +187,11 @@ def _transmit(rng: np.random.Generator, layers: list[tuple[Map, tuple[float, ...
     return image + 0.008 * rng.standard_normal(image.shape, np.float32)
 
 
-def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32], openness: float = 1.2) -> Map:
+def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32], openness: float = 1.2, pale: float = 0.55) -> Map:
     """Stain taken up by nuclei, (H, W), about 1 inside and 0 outside.
 
-    Each is somewhere between dense (dark throughout) and vesicular (pale, clumped, dark rim and nucleolus), the more of
-    them the latter the greater the `openness`.
+    Each is somewhere between dense (dark throughout) and vesicular (by `pale` lighter, clumped, with dark rim and
+    nucleolus), the more of them the latter the greater the `openness`.
     """
     n = labels.max() + 1
     open_ = (rng.beta(openness, 1.6, n).astype(np.float32))[labels]
@@ -196,7 +199,8 @@ def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32], openness: fl
     clumps = 0.7 * _noise(rng, labels.shape, 2.5) + 0.5 * _noise(rng, labels.shape, 5)
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.3, 0, 1)
     rim = np.exp(-((depth(labels) - 1) ** 2) / 2.5)
-    inside = 1.15 - 0.55 * open_ + (0.08 + 0.22 * open_) * clumps + 0.4 * open_ * rim + 0.8 * open_ * nucleoli
+    inside = 1.15 - pale * open_ + (0.08 + 0.22 * open_) * clumps + (pale - 0.15) * open_ * rim
+    inside += 1.45 * pale * open_ * nucleoli
     edge = np.where(depth(labels) <= 1, 0.8, 1.0)  # seen slantwise, so that touching nuclei show a seam
     return np.where(labels > 0, strength * np.maximum(inside, 0.15) * edge, 0).astype(np.float32)
 

@@ -281,6 +281,6 @@ KINDS: dict[str, Kind] = {
     "infiltrate": Kind((5, 9), 0.20, (1.0, 1.8), 0.05, (0.22, 0.42), 0.80, 0.2, paint_tissue),
     "counterstain": Kind((5, 11), 0.22, (1.0, 2.4), 0.045, (0.12, 0.36), 0.60, 0.4, paint_counterstain),
     "epithelium": Kind((7, 14), 0.20, (1.0, 1.8), 0.04, (0.12, 0.40), 0.30, 0.2, paint_cells),
-    "carcinoma": Kind((8, 16), 0.35, (1.0, 2.4), 0.055, (0.20, 0.42), 0.25, 0.4, paint_cells),
+    "carcinoma": Kind((8, 19), 0.35, (1.0, 2.4), 0.055, (0.20, 0.42), 0.25, 0.4, paint_cells),
     "layer": Kind((7, 15), 0.22, (1.0, 2.2), 0.045, (0.15, 0.45), 0.30, 0.4, paint_layer),
 }
