@@ -13,6 +13,7 @@ from torch import nn
 from config import Config, Valid
 from helper import DEFAULT_WEIGHTS, save_checkpoint
 from labels import overlap_table, split_fragments
+from metric import average_precision
 from model import build_model
 from postprocess import merge
 from predict import Segmenter, load_segmenter, predict_each
@@ -488,3 +489,11 @@ def test_a_network_that_knows_nothing_else_is_asked_all_the_same():
     config = Config.model_validate({"post": {"policy": "rw", "marker": "marker", "marker_contour": 0}})
     segmenter = Segmenter(networks, config, CPU, torch.float32)
     assert segmenter.for_labels() is segmenter
+
+
+@pytest.mark.parametrize("path", sorted(DEFAULT_WEIGHTS.parent.glob("*.pkl")), ids=lambda path: path.name)
+def test_weights_that_ship_are_small_and_find_nuclei(path):
+    assert path.stat().st_size <= 20e6
+    image, labels = draw_sample(3, (192, 192), "fluorescence")
+    found = load_segmenter([path], Config())(image)
+    assert average_precision(labels, found, [0.5])[0] > 0.6
