@@ -1,4 +1,8 @@
-"""Light and stain: how nuclei look to a microscope, given where they are."""
+"""Light and stain: how nuclei look to a microscope, given where they are.
+
+Every painter takes random numbers, labels (H, W) int32 and the flow of `draw_flow`, and gives the image, (H, W, 3)
+float, about [0, 1].
+"""
 
 from __future__ import annotations
 
@@ -44,11 +48,13 @@ def paint_fluorescence(
     grain = 0.16 * _noise(rng, labels.shape, 2.2) + 0.12 * _noise(rng, labels.shape, 5)
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.2, 0, 1)
     dome = 1 - 0.45 * np.exp(-deep / 2.5)
-    dome += spots * (rng.uniform(0, 1.2) * np.clip(_noise(rng, labels.shape, 3.5) - 1, 0, 2))
-    dome += spots * rng.uniform(-0.3, 0.8) * np.exp(-((deep - 1.5) ** 2) / 2)
+    if spots:
+        dome += spots * (rng.uniform(0, 1.2) * np.clip(_noise(rng, labels.shape, 3.5) - 1, 0, 2))
+        dome += spots * rng.uniform(-0.3, 0.8) * np.exp(-((deep - 1.5) ** 2) / 2)
     light = np.where(labels > 0, bright[labels] * dome * np.maximum(1 + grain - 0.5 * nucleoli, 0.2), 0)
-    behind = ghosts * rng.uniform(0, 0.35) * _drops(rng, labels.shape, 0.006 * rng.random(), (7, 13))
-    light += cv2.GaussianBlur(behind.astype(np.float32), (0, 0), rng.uniform(2.5, 6))
+    if ghosts:
+        behind = ghosts * rng.uniform(0, 0.35) * _drops(rng, labels.shape, 0.006 * rng.random(), (7, 13))
+        light += cv2.GaussianBlur(behind, (0, 0), rng.uniform(2.5, 6))
     haze = cv2.GaussianBlur(light, (0, 0), 14) * rng.uniform(*glow)
     light = cv2.GaussianBlur(light, (0, 0), rng.uniform(*blur)) + haze
     light *= rng.uniform(0.25, 0.95) * (1 + 0.06 * _noise(rng, labels.shape, 120))
@@ -56,6 +62,12 @@ def paint_fluorescence(
     photons = rng.uniform(150, 900)
     light = rng.poisson(np.maximum(light, 0) * photons) / photons + rng.normal(0, 0.004, labels.shape)
     return np.repeat(light.astype(np.float32)[..., None], 3, axis=2)
+
+
+#: Thick tissue, never all in focus.
+paint_thick = partial(paint_fluorescence, blur=(1.1, 2.2), glow=(0.3, 0.9))
+#: A layer of cells that others lie above and below, chromatin in grains and rims.
+paint_layer = partial(paint_fluorescence, blur=(0.6, 1.8), glow=(0.1, 0.5), spots=1.0, ghosts=1.0)
 
 
 def paint_tissue(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
@@ -88,11 +100,11 @@ def paint_cells(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) 
     pink, blue = rng.uniform(0.03, 0.75), rng.uniform(0, 0.65) ** 2
     fibre = rng.uniform(0.4, 1.0) * np.maximum(1 + 0.3 * _fibres(rng, flow), 0.1)
     eosin = (pink * body * (1 - strand) + fibre * strand) * np.maximum(grain, 0.1)
-    eosin += rng.uniform(-0.6, 0.7) * wall * (1 - strand) * min(1.0, pink + 0.3)
+    eosin += rng.uniform(-0.6, 0.7) * wall * outside * (1 - strand) * min(1.0, pink + 0.3)
     haze = blue * body * np.maximum(grain + 0.3 * _noise(rng, shape, 14), 0) + 0.5 * blue * strand
     red = _drops(rng, shape, 0.004 * rng.random() ** 2, (3.5, 6.5)) * outside
     smudge = cv2.GaussianBlur(_drops(rng, shape, 0.003 * rng.random() ** 2, (4, 10)), (0, 0), rng.uniform(2, 4))
-    # Nuclei are darker than the bodies around them, if by little.
+    # The more hematoxylin the bodies take up, the more the nuclei do.
     chromatin = _chromatin(rng, labels, openness=rng.uniform(0.2, 5), pale=rng.uniform(0.5, 0.85))
     nuclei = (0.8 * blue + rng.uniform(0.45, 1.3)) * chromatin
     nuclei = cv2.GaussianBlur(nuclei, (0, 0), rng.uniform(0.3, 1.1))
@@ -122,7 +134,10 @@ def _bodies(rng: np.random.Generator, labels: NDArray[np.int32]) -> tuple[Map, M
 
 
 def _drops(rng: np.random.Generator, shape: tuple[int, ...], density: float, radius: tuple[float, float]) -> Map:
-    """Round drops of one size in heaps, `density` of them a pixel of a heap: (H, W), 1 inside and 0 outside."""
+    """Round drops in heaps, `density` of them a pixel of a heap: (H, W), 1 inside and 0 outside.
+
+    `radius` (pixels) is drawn between two values once, and varies around it by 15 percent.
+    """
     drops = np.zeros(shape, np.uint8)
     heap = _noise(rng, shape, 40) > 0.5
     size = rng.uniform(*radius)
@@ -254,9 +269,3 @@ def _fibres(rng: np.random.Generator, flow: Map) -> Map:
 def _smoothstep(values: Map, low: float, high: float) -> Map:
     part = np.clip((values - low) / (high - low), 0, 1)
     return part * part * (3 - 2 * part)
-
-
-#: Thick tissue, never all in focus.
-paint_thick = partial(paint_fluorescence, blur=(1.1, 2.2), glow=(0.3, 0.9))
-#: A layer of cells that others lie above and below, chromatin in grains and rims.
-paint_layer = partial(paint_fluorescence, blur=(0.6, 1.8), glow=(0.1, 0.5), spots=1.0, ghosts=1.0)

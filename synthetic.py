@@ -1,4 +1,4 @@
-"""Draw images of nuclei that never were, with exact masks: for the demo, tests, benchmarks and docs."""
+"""Draw images of nuclei that never were, with exact masks: for training, the demo, tests, benchmarks and docs."""
 
 from __future__ import annotations
 
