@@ -87,15 +87,18 @@ def walk(semantic: NDArray[np.float32], mask: NDArray[np.bool_], markers: Labels
     """The random walker of scikit-image on the whole image; every blob has a marker.
 
     A blob of one pixel is kept from it: it leaves such a pixel out of its graph but not out of the answer, all of which
-    is then shifted (as of scikit-image 0.26).
+    is then shifted (as of scikit-image 0.26). So is one marker alone, which has all: its direct solver gives such an
+    answer the wrong shape.
     """
     blobs = measure.label(mask, connectivity=1)
     alone = mask & (np.bincount(blobs.ravel()) == 1)[blobs]
     seeds = np.where(mask & ~alone, markers, -1)
+    numbers = np.append(0, np.unique(seeds[seeds > 0]))  # it numbers its answer without gaps
+    if len(numbers) <= 2:
+        return np.where(alone, markers, np.where(mask, numbers[-1], 0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of iterative modes: that they stop at a tolerance
         found = segmentation.random_walker(semantic.astype(np.float64), seeds, beta=WALKER_BETA, mode=mode)
-    numbers = np.append(0, np.unique(seeds[seeds > 0]))  # it numbers its answer without gaps
     return np.where(alone, markers, numbers[np.maximum(found, 0)])
 
 

@@ -144,3 +144,11 @@ def test_the_plain_walker_minds_lone_pixels():
     expected[:, 6:] //= 2
     expected[0, 0] = 1
     assert np.array_equal(plain.walk(np.where(mask, 0.9, 0.1).astype(np.float32), mask, markers), expected)
+
+
+def test_one_marker_has_all_of_the_mask_by_the_plain_walker():
+    mask = np.zeros((12, 16), bool)
+    mask[2:10, 3:14] = True
+    markers = np.zeros(mask.shape, np.int32)
+    markers[5:7, 6:9] = 7
+    assert np.array_equal(plain.walk(mask.astype(np.float32), mask, markers), 7 * mask)
