@@ -28,6 +28,12 @@ ALUM = (0.63, 0.78, 0.36)  # hematoxylin as scanned slides of many laboratories 
 GRAY = (1.0, 1.0, 1.0)
 
 
+def draw_flow(rng: np.random.Generator, shape: tuple[int, int]) -> Map:
+    """Direction of the fibres: (2, H, W), the y and x of unit vectors that turn slowly across the image."""
+    angle = rng.uniform(-np.pi, np.pi) + 0.7 * _noise(rng, shape, 90)
+    return np.stack([np.sin(angle), np.cos(angle)]).astype(np.float32)
+
+
 def paint_fluorescence(
     rng: np.random.Generator,
     labels: NDArray[np.int32],
@@ -49,7 +55,7 @@ def paint_fluorescence(
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.2, 0, 1)
     dome = 1 - 0.45 * np.exp(-deep / 2.5)
     if spots:
-        dome += spots * (rng.uniform(0, 1.2) * np.clip(_noise(rng, labels.shape, 3.5) - 1, 0, 2))
+        dome += spots * rng.uniform(0, 1.2) * np.clip(_noise(rng, labels.shape, 3.5) - 1, 0, 2)
         dome += spots * rng.uniform(-0.3, 0.8) * np.exp(-((deep - 1.5) ** 2) / 2)
     light = np.where(labels > 0, bright[labels] * dome * np.maximum(1 + grain - 0.5 * nucleoli, 0.2), 0)
     if ghosts:
@@ -115,6 +121,42 @@ def paint_cells(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) 
     return sharper * rng.uniform(0.85, 1.0, 3).astype(np.float32)
 
 
+def paint_counterstain(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
+    """Immunohistochemistry: blue nuclei, pale to dark, among grayish fibres; patches of tissue are marked brown."""
+    shape = labels.shape
+    fibres = 0.5 * _fibres(rng, flow) + 0.4 * _noise(rng, shape, 9)
+    marked = _smoothstep(_noise(rng, shape, 45) + 0.2 * fibres, rng.uniform(-0.3, 0.8), 1.6)
+    brown = rng.uniform(0.2, 0.7) * marked * np.maximum(1 + 0.3 * fibres, 0.1) * np.where(labels > 0, 0.4, 1)
+    haze = rng.uniform(0.08, 0.25) * np.maximum(1 + 0.4 * fibres, 0)
+    nuclei = rng.uniform(0.5, 1.1) * _chromatin(rng, labels)
+    return _transmit(rng, [(np.maximum(nuclei, haze), HEMATOXYLIN), (brown, DAB)])
+
+
+def paint_purple(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
+    """One purple stain, anywhere between a smear on near-white and a section on lilac ground."""
+    section = rng.random()
+    stain = tuple(np.array(GIEMSA) * (1 - section) + np.array(THIONIN) * section)
+    shape = labels.shape
+    uneven = 0.08 * _fibres(rng, flow) + 0.2 * _noise(rng, shape, 50) + 0.06 * _noise(rng, shape, 5)
+    ground = (0.05 + 0.3 * section) * np.maximum(1 + uneven, 0)
+    cytoplasm = 0.14 * (1 - section) * cv2.GaussianBlur(_cells(rng, labels, reach=7), (0, 0), 2)
+    nuclei = rng.uniform(1.0, 1.5) * _chromatin(rng, labels)
+    dust = np.full(shape, 0.06, np.float32)
+    return _transmit(rng, [(np.maximum(nuclei, ground + cytoplasm), stain), (dust, GRAY)])
+
+
+def paint_brightfield(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
+    """Gray smear: dark nuclei inside faint, folded cell bodies on light, unevenly lit ground."""
+    shape = labels.shape
+    folds = 0.1 * _fibres(rng, flow) + 0.14 * _noise(rng, shape, 4) + 0.18 * _noise(rng, shape, 12)
+    cells = _cells(rng, labels, reach=rng.uniform(14, 24))
+    body = rng.uniform(0.18, 0.4) * cells * np.maximum(1 + folds, 0.1)
+    ground = rng.uniform(0.06, 0.2) + 0.02 * _noise(rng, shape, 100) + 0.006 * _noise(rng, shape, 2)
+    nuclei = rng.uniform(0.7, 1.1) * _chromatin(rng, labels)
+    gray = _transmit(rng, [(ground + body + nuclei, (1.0,))])
+    return np.repeat(gray, 3, axis=2)
+
+
 def _bodies(rng: np.random.Generator, labels: NDArray[np.int32]) -> tuple[Map, Map]:
     """The cells around nuclei, each of a stain of its own: (H, W), about 1; and the walls between them, in [0, 1]."""
     if not labels.any():
@@ -153,42 +195,6 @@ def _vary(rng: np.random.Generator, stain: tuple[float, ...]) -> tuple[float, ..
     return tuple(np.maximum(np.array(stain) + rng.normal(0, 0.08, 3), 0.03) * rng.uniform(0.8, 1.25))
 
 
-def paint_counterstain(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
-    """Immunohistochemistry: blue nuclei, pale to dark, among grayish fibres; patches of tissue are marked brown."""
-    shape = labels.shape
-    fibres = 0.5 * _fibres(rng, flow) + 0.4 * _noise(rng, shape, 9)
-    marked = _smoothstep(_noise(rng, shape, 45) + 0.2 * fibres, rng.uniform(-0.3, 0.8), 1.6)
-    brown = rng.uniform(0.2, 0.7) * marked * np.maximum(1 + 0.3 * fibres, 0.1) * np.where(labels > 0, 0.4, 1)
-    haze = rng.uniform(0.08, 0.25) * np.maximum(1 + 0.4 * fibres, 0)
-    nuclei = rng.uniform(0.5, 1.1) * _chromatin(rng, labels)
-    return _transmit(rng, [(np.maximum(nuclei, haze), HEMATOXYLIN), (brown, DAB)])
-
-
-def paint_purple(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
-    """One purple stain, anywhere between a smear on near-white and a section on lilac ground."""
-    section = rng.random()
-    stain = tuple(np.array(GIEMSA) * (1 - section) + np.array(THIONIN) * section)
-    shape = labels.shape
-    uneven = 0.08 * _fibres(rng, flow) + 0.2 * _noise(rng, shape, 50) + 0.06 * _noise(rng, shape, 5)
-    ground = (0.05 + 0.3 * section) * np.maximum(1 + uneven, 0)
-    cytoplasm = 0.14 * (1 - section) * cv2.GaussianBlur(_cells(rng, labels, reach=7), (0, 0), 2)
-    nuclei = rng.uniform(1.0, 1.5) * _chromatin(rng, labels)
-    dust = np.full(shape, 0.06, np.float32)
-    return _transmit(rng, [(np.maximum(nuclei, ground + cytoplasm), stain), (dust, GRAY)])
-
-
-def paint_brightfield(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
-    """Gray smear: dark nuclei inside faint, folded cell bodies on light, unevenly lit ground."""
-    shape = labels.shape
-    folds = 0.1 * _fibres(rng, flow) + 0.14 * _noise(rng, shape, 4) + 0.18 * _noise(rng, shape, 12)
-    cells = _cells(rng, labels, reach=rng.uniform(14, 24))
-    body = rng.uniform(0.18, 0.4) * cells * np.maximum(1 + folds, 0.1)
-    ground = rng.uniform(0.06, 0.2) + 0.02 * _noise(rng, shape, 100) + 0.006 * _noise(rng, shape, 2)
-    nuclei = rng.uniform(0.7, 1.1) * _chromatin(rng, labels)
-    gray = _transmit(rng, [(ground + body + nuclei, (1.0,))])
-    return np.repeat(gray, 3, axis=2)
-
-
 def _transmit(rng: np.random.Generator, layers: list[tuple[Map, tuple[float, ...]]]) -> Map:
     """Send white light through stains (Beer-Lambert), a lens and a camera.
 
@@ -208,15 +214,15 @@ def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32], openness: fl
     Each is somewhere between dense (dark throughout) and vesicular (by `pale` lighter, clumped, with dark rim and
     nucleolus), the more of them the latter the greater the `openness`.
     """
-    n = labels.max() + 1
+    n, deep = labels.max() + 1, depth(labels)
     open_ = (rng.beta(openness, 1.6, n).astype(np.float32))[labels]
     strength = np.clip(rng.normal(1, 0.16, n), 0.6, 1.5).astype(np.float32)[labels]
     clumps = 0.7 * _noise(rng, labels.shape, 2.5) + 0.5 * _noise(rng, labels.shape, 5)
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.3, 0, 1)
-    rim = np.exp(-((depth(labels) - 1) ** 2) / 2.5)
+    rim = np.exp(-((deep - 1) ** 2) / 2.5)
     inside = 1.15 - pale * open_ + (0.08 + 0.22 * open_) * clumps + (pale - 0.15) * open_ * rim
     inside += 1.45 * pale * open_ * nucleoli
-    edge = np.where(depth(labels) <= 1, 0.8, 1.0)  # seen slantwise, so that touching nuclei show a seam
+    edge = np.where(deep <= 1, 0.8, 1.0)  # seen slantwise, so that touching nuclei show a seam
     return np.where(labels > 0, strength * np.maximum(inside, 0.15) * edge, 0).astype(np.float32)
 
 
@@ -241,12 +247,6 @@ def _noise(rng: np.random.Generator, shape: tuple[int, ...], scale: float) -> Ma
     fine = cv2.resize(coarse, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     top, left = (int(rng.integers(0, max(int(scale), 1))) for _ in range(2))
     return 1.2 * fine[top : top + shape[0], left : left + shape[1]]
-
-
-def draw_flow(rng: np.random.Generator, shape: tuple[int, int]) -> Map:
-    """Direction of the fibres: (2, H, W), the y and x of unit vectors that turn slowly across the image."""
-    angle = rng.uniform(-np.pi, np.pi) + 0.7 * _noise(rng, shape, 90)
-    return np.stack([np.sin(angle), np.cos(angle)]).astype(np.float32)
 
 
 def _fibres(rng: np.random.Generator, flow: Map) -> Map:
