@@ -66,6 +66,7 @@ class Kind(NamedTuple):
     cluster: float  # probability that a nucleus is laid against an earlier one
     align: float  # 0 any direction, 1 along the fibres
     paint: Paint
+    beside: float = 0.0  # share of the nuclei laid against others that lie flank to flank with them, as in a palisade
 
 
 def draw_sample(
@@ -219,6 +220,8 @@ def _draw_nucleus(
     if not placed or rng.random() >= row.cluster:
         return Nucleus(y, x, size * stretch, size / stretch, along + turn)
     other, direction = placed[rng.integers(len(placed))], rng.uniform(-np.pi, np.pi)
+    if row.beside and rng.random() < row.beside:
+        direction = other.angle + rng.choice([-1, 1]) * np.pi / 2 + 0.1 * direction
     nucleus = Nucleus(other.y, other.x, size * stretch, size / stretch, other.angle + turn)
     distance = (other.reach(direction) + nucleus.reach(direction)) * rng.uniform(0.82, 1.0) + 1.5 * gap
     return nucleus._replace(
@@ -283,4 +286,6 @@ KINDS: dict[str, Kind] = {
     "epithelium": Kind((7, 14), 0.20, (1.0, 1.8), 0.04, (0.12, 0.40), 0.30, 0.2, paint_cells),
     "carcinoma": Kind((8, 19), 0.35, (1.0, 2.4), 0.055, (0.20, 0.42), 0.25, 0.4, paint_cells),
     "layer": Kind((7, 15), 0.22, (1.0, 2.2), 0.045, (0.15, 0.45), 0.30, 0.4, paint_layer),
+    "palisade": Kind((5, 9), 0.18, (1.6, 3.6), 0.04, (0.20, 0.45), 0.93, 0.75, paint_layer, 0.85),
+    "gland": Kind((6, 10), 0.20, (1.4, 2.8), 0.045, (0.20, 0.42), 0.90, 0.75, paint_cells, 0.85),
 }

@@ -12,7 +12,7 @@ from synthetic import GAP, KINDS, MIN_AREA, draw_sample, write_dataset
 
 SHAPE = (160, 208)
 PALE = ("epithelium", "carcinoma")  # nuclei little darker than the bodies of their cells are among these
-GLOWING = ("fluorescence", "dense", "thick", "layer")
+GLOWING = ("fluorescence", "dense", "thick", "layer", "palisade")
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
