@@ -5,12 +5,15 @@
     python tune.py --dry-run                         only say what was found
     python tune.py --export weights/mine.pkl         also write a small file: the network alone, in half precision
     python tune.py --training-images 600             let the second opinion learn of more of them (default: 300)
+    python tune.py all.pkl --like checkpoint/a.pkl   take over what was found for another, and look at no image
 
 Probability maps are predicted once; `[param] threshold`, `threshold_mark` and rules of `[post]` are tried on them.
 What you set yourself (config.ini, --set) is not searched. Then a second opinion learns how good each candidate for a
 nucleus is, and chooses among all ways to cut ([post] policy = forest): one from training images, and one from the
 validation images, each of which is judged by what the other kinds taught. The better of the two is kept where it does
 better than thresholds tuned in that way. valid.py then uses what was found, unless you set it.
+
+--like is for a network that was trained on from another with all images, so that none is left to tune it on.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from helper import (
     slim,
 )
 from image import ImageError, read_image, read_labels
+from model import load_model
 from pipeline import ordered
 from predict import Segmenter, load_segmenter
 from record import Record
@@ -56,6 +60,9 @@ def run(config: Config, args: argparse.Namespace) -> int:
     prepare_process()
     paths = args.checkpoint or [find_checkpoint(args.checkpoint_dir)]
     refuse_nonsense(config, args, paths)
+    if args.like is not None:
+        adopt(paths[0], args.like, args.export, args.dry_run)
+        return 0
     segmenter = load_segmenter(paths, config, tuned=False)
     if isinstance(segmenter.networks[0], MaskRCNN):
         raise ValueError("a maskrcnn makes no maps to tune on; set [post] min_score by hand")
@@ -94,6 +101,20 @@ def run(config: Config, args: argparse.Namespace) -> int:
         found["scores"] = {name: float(value) for name, value in found["scores"].items()}
         keep(paths, segmenter.fingerprint, found, args.export)
     return 0
+
+
+def adopt(path: Path, other: Path, export: Path | None, dry_run: bool) -> None:
+    """Keep with the checkpoint `path` what was found for `other`, a network of the same heads."""
+    state, theirs = load_checkpoint(path), load_checkpoint(other)
+    found = theirs.get("tuned", {}).get(fingerprint([theirs]))
+    if not found:
+        raise ValueError(f"--like {other}: was never tuned")
+    heads, others = load_model(state).heads, load_model(theirs).heads
+    if heads != others:
+        raise ValueError(f"--like {other}: has the heads {', '.join(others)}, {path} {', '.join(heads)}")
+    print(f"What was found for {other} holds for {path}")
+    if not dry_run:
+        keep([path], fingerprint([state]), found, export)
 
 
 def pick_known(segmenter: Segmenter, config: Config, data: Path, most: int) -> list[Record]:
@@ -150,6 +171,8 @@ def refuse_nonsense(config: Config, args: argparse.Namespace, paths: Sequence[Pa
     """What can be known to be wrong before anything is predicted."""
     if args.training_images < 0:
         raise ValueError(f"--training-images {args.training_images}: wanted 0 or more")
+    if args.like is not None and len(paths) > 1:
+        raise ValueError(f"--like {args.like}: holds for one network, several are named")
     if args.export is not None and (args.dry_run or len(paths) > 1):
         why = "--dry-run writes nothing" if args.dry_run else "it writes one network, several are named"
         raise ValueError(f"--export {args.export}: {why}")
@@ -229,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--training-images", type=int, default=300, metavar="N", help="most to learn of (default: 300; 0: none)"
     )
+    parser.add_argument("--like", type=Path, metavar="FILE", help="take over what was found for this checkpoint")
     parser.add_argument("--export", type=Path, metavar="FILE", help="also write the network alone, in half precision")
     return run_script(run, parser, argv)
 

@@ -14,7 +14,7 @@ from candidate import FEATURES
 from confidence import Opinion, learn
 from config import load_config
 from division import recall_side
-from helper import load_checkpoint
+from helper import fingerprint, load_checkpoint, save_checkpoint
 from predict import load_segmenter
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -109,6 +109,26 @@ def test_a_folder_without_training_images_is_tuned_on(data, trained, tmp_path, m
     said = capsys.readouterr()
     assert "tuned on others" in said.out and "opinion of training" not in said.out
     assert "no training images to learn of" in said.err
+
+
+def test_what_was_found_for_one_network_holds_for_its_successor(data, trained, tmp_path, capsys):
+    old, new = (shutil.copy(trained / f"{name}.pkl", tmp_path / f"{name}.pkl") for name in ("best", "latest"))
+    state = load_checkpoint(new)
+    bias = next(name for name in state["average"] if name.endswith("bias"))
+    state["average"][bias] += 0.5  # trained on
+    save_checkpoint(new, state)
+    assert tune.main([str(new), "--like", str(old)]) == 2
+    assert f"{old}: was never tuned" in capsys.readouterr().err
+    tuned = load_checkpoint(old)
+    found = {"values": {"param.threshold": 0.321}, "scores": {"score": 0.5}}
+    save_checkpoint(old, {**tuned, "tuned": {fingerprint([tuned]): found}})
+    assert tune.main([str(new), "--like", str(old), "--dry-run"]) == 0
+    assert "tuned" not in load_checkpoint(new)
+    assert tune.main([str(new), "--like", str(old), "--export", str(tmp_path / "small.pkl")]) == 0
+    for path in (new, tmp_path / "small.pkl"):
+        assert load_segmenter([path], load_config()).config.param.threshold == 0.321
+    assert tune.main([str(new), str(old), "--like", str(old)]) == 2
+    assert "several are named" in capsys.readouterr().err
 
 
 def test_tune_refuses_in_one_line(data, trained, tmp_path, capsys):
