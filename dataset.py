@@ -29,8 +29,9 @@ from transform import Sample, build_transform
 
 Batch = dict[str, Tensor]
 
-#: Of the images that are drawn in place of real ones: how many, height and width (px), and the sub-category.
-N_DRAWN, DRAWN_SHAPE, DRAWN = 800, (256, 256), "Drawn"
+#: Of the images that are drawn in place of real ones: how many there are at a time, how many new ones each epoch brings,
+#: height and width (px), and the sub-category.
+N_DRAWN, N_FRESH, DRAWN_SHAPE, DRAWN = 800, 20, (256, 256), "Drawn"
 
 
 def open_cache(config: Config, data: Path) -> Cache:
@@ -86,9 +87,11 @@ class NucleiDataset:
         diameter = self.diameters.get(index, 0.0)
         return Sample(self.cache.image(record.image), labels, record.id, record.sub_category, diameter)
 
-    def draw(self, rng: np.random.Generator) -> Sample:
-        """One of `N_DRAWN` images that never were, see `synthetic`, shown as images from files are."""
-        image, small = draw_once(int(rng.integers(N_DRAWN)), self.policy)
+    def draw(self, rng: np.random.Generator, epoch: int) -> Sample:
+        """One of `N_DRAWN` images that never were, see `synthetic`, shown as images from files are; in every epoch
+        `N_FRESH` of them are others, and another seed has others altogether."""
+        first = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
+        image, small = draw_once(first + epoch * N_FRESH + int(rng.integers(N_DRAWN)), self.policy)
         labels = self.clean(small.astype(np.int32))
         return Sample(image, labels, DRAWN, DRAWN, typical_diameter(labels) if self.equal_size else 0.0)
 
@@ -108,7 +111,7 @@ class NucleiDataset:
         """
         rng = np.random.default_rng([self.seed, epoch, index, position])
         drawn = self.drawn_share and rng.random() < self.drawn_share
-        sample = self.draw(rng) if drawn else self.sample(index)
+        sample = self.draw(rng, epoch) if drawn else self.sample(index)
         if self.mixes_style:
             sample = replace(sample, style=self.cache.image(self.records[rng.integers(len(self))].image))
         sample = self.transform(sample, rng)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from config import Config
-from dataset import Loader, NucleiDataset, build_cleaner, build_loader, open_cache
+from dataset import N_DRAWN, N_FRESH, Loader, NucleiDataset, build_cleaner, build_loader, open_cache
 from image import ImageError, Pixels, read_image, write_pixels
 from record import Record, describe_records, find_records
 from synthetic import write_dataset
@@ -134,7 +134,7 @@ def test_drawn_items_take_the_place_of_images(folder, records):
     """As often as the settings say, each another one, and the same again for the same place in the training."""
     never = build(folder, records, train={"drawn_share": 0})
     half, always = (build(folder, records, train={"drawn_share": share}) for share in (0.5, 1))
-    drawn = [half.draw(np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    drawn = [half.draw(np.random.default_rng(seed), 0) for seed in (1, 1, 2)]
     assert np.array_equal(drawn[0].image, drawn[1].image) and np.array_equal(drawn[0].labels, drawn[1].labels)
     assert not np.array_equal(drawn[0].image, drawn[2].image)
     items = [(half.item(0, epoch), always.item(0, epoch), always.item(1, epoch)) for epoch in range(60)]
@@ -143,12 +143,29 @@ def test_drawn_items_take_the_place_of_images(folder, records):
     assert equal(always.item(0, 3), items[3][1]) and not equal(never.item(0, 3), items[3][1])
 
 
+def test_every_epoch_brings_new_drawn_images(folder, records, monkeypatch):
+    seen = []
+
+    def note(number, policy):
+        seen[-1].add(number)
+        return np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), np.int16)
+
+    monkeypatch.setattr("dataset.draw_once", note)
+    for seed, epoch in ((1, 0), (1, 1), (2, 0)):
+        dataset, rng = build(folder, records, train={"seed": seed}), np.random.default_rng(0)
+        seen.append(set())
+        for _ in range(12_000):
+            dataset.draw(rng, epoch)
+    assert len(seen[0]) == len(seen[1]) == N_DRAWN
+    assert len(seen[1] - seen[0]) == N_FRESH and not seen[0] & seen[2]
+
+
 def test_drawn_images_are_shown_as_files_are(folder, records, tmp_path):
-    plain = build(folder, records).draw(np.random.default_rng(5))
+    plain = build(folder, records).draw(np.random.default_rng(5), 0)
     write_pixels(tmp_path, "drawn", Pixels(plain.image, False))
     pre = {"color_space": "lab", "stretch": True}
     config = settings(pre=pre)
-    seen = build(folder, records, pre=pre).draw(np.random.default_rng(5))
+    seen = build(folder, records, pre=pre).draw(np.random.default_rng(5), 0)
     assert np.array_equal(seen.image, read_image(tmp_path / "drawn.png", *config.pre.policy))
     assert not np.array_equal(seen.image, plain.image) and np.array_equal(seen.labels, plain.labels)
 
