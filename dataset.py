@@ -29,7 +29,7 @@ from transform import Sample, build_transform
 
 Batch = dict[str, Tensor]
 
-#: Of the images that are drawn in place of real ones: how many there are at a time, how many new ones each epoch brings,
+#: Of the images that are drawn in place of real ones: how many there are at a time, how many each epoch brings,
 #: height and width (px), and the sub-category.
 N_DRAWN, N_FRESH, DRAWN_SHAPE, DRAWN = 800, 20, (256, 256), "Drawn"
 
