@@ -256,6 +256,7 @@ MODELS: dict[str, Callable[..., Network]] = {
     "res_camunet": partial(UNet, heads=_THREE, encoder="resnet34", frozen=True),
     "res_samunet": partial(UNet, heads=_THREE, encoder="resnet34", frozen=True, shared=True),
     "lite_camunet": partial(UNet, heads=_THREE, encoder="efficientnet_lite0"),
+    "lite_samunet": partial(UNet, heads=_THREE, encoder="efficientnet_lite0", shared=True),
     "dcan": partial(DCAN, heads=_TWO),
     "msdnet": partial(MixedScaleNet, heads=_THREE),
     "maskrcnn": _detector,
