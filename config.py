@@ -192,8 +192,6 @@ class Train(Section):
     balance_group: Share = 0.5
     category_weights: Weights = {}
     drawn_share: float = Field(0.4, ge=0, le=1)
-    teacher: Names = ()
-    teacher_share: float = Field(0.5, gt=0, le=1)
     log_name: str = ""
     seed: int = Field(1, ge=0)
     optimizer: Literal["adam", "adamw"] = "adamw"

@@ -6,6 +6,7 @@ threads make needs no shared memory, no pickling and no copy between processes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,8 +30,8 @@ from transform import Sample, build_transform
 
 Batch = dict[str, Tensor]
 
-#: Of the images that are drawn in place of real ones: how many there are at a time, how many each epoch brings,
-#: height and width (px), and the sub-category.
+#: Of the images that are drawn in place of real ones: how many there are at a time, how many new ones an epoch brings at
+#: most, height and width (px), and the sub-category.
 N_DRAWN, N_FRESH, DRAWN_SHAPE, DRAWN = 800, 20, (256, 256), "Drawn"
 
 
@@ -68,6 +69,7 @@ class NucleiDataset:
         self.transform = build_transform(config.pre, config.width, config.contour.precise)
         self.clean = build_cleaner(config)
         self.drawn_share, self.policy = config.train.drawn_share, config.pre.policy
+        self.first_drawn = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
         self.mixes_style = config.pre.style_mix
         self.equal_size = config.pre.equal_size
         self.diameters: dict[int, float] = {}
@@ -87,11 +89,16 @@ class NucleiDataset:
         diameter = self.diameters.get(index, 0.0)
         return Sample(self.cache.image(record.image), labels, record.id, record.sub_category, diameter)
 
+    def drawn_numbers(self, epoch: int) -> range:
+        """The `N_DRAWN` images that an epoch chooses from when it draws. Each epoch brings new ones, as many as a tenth of
+        what it draws, and another seed has others altogether."""
+        n_fresh = min(N_FRESH, math.ceil(0.1 * self.drawn_share * len(self)))
+        first = self.first_drawn + epoch * n_fresh
+        return range(first, first + N_DRAWN)
+
     def draw(self, rng: np.random.Generator, epoch: int) -> Sample:
-        """One of `N_DRAWN` images that never were, see `synthetic`, shown as images from files are; in every epoch
-        `N_FRESH` of them are others, and another seed has others altogether."""
-        first = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
-        image, small = draw_once(first + epoch * N_FRESH + int(rng.integers(N_DRAWN)), self.policy)
+        """An image that never was, see `synthetic`, shown as images from files are."""
+        image, small = draw_once(self.drawn_numbers(epoch)[rng.integers(N_DRAWN)], self.policy)
         labels = self.clean(small.astype(np.int32))
         return Sample(image, labels, DRAWN, DRAWN, typical_diameter(labels) if self.equal_size else 0.0)
 
@@ -129,9 +136,9 @@ class NucleiDataset:
         return rng.permutation(np.minimum(drawn, len(self) - 1)).tolist()
 
 
-@lru_cache(N_DRAWN)
+@lru_cache(N_DRAWN + 10 * N_FRESH)  # or what has gone by would push out what is still drawn
 def draw_once(number: int, policy: Policy) -> tuple[NDArray[np.uint8], NDArray[np.int16]]:
-    """Image and labels, kept: all take 260 MB, and drawing one as long as augmenting five.
+    """Image and labels, kept: all take 330 MB, and drawing one as long as augmenting five.
 
     The channels of the policy are those of files, and not asked for here.
     """

@@ -66,7 +66,7 @@ class Kind(NamedTuple):
     cluster: float  # probability that a nucleus is laid against an earlier one
     align: float  # 0 any direction, 1 along the fibres
     paint: Paint
-    beside: float = 0.0  # share of the nuclei laid against others that lie flank to flank with them, as in a palisade
+    flank: float = 0.0  # share of the nuclei laid against others that lie along their flank, as in a palisade
 
 
 def draw_sample(
@@ -189,7 +189,7 @@ def _draw_labels(rng: np.random.Generator, row: Kind, flow: Map, n_nuclei: int |
     for _ in range(N_TRIES * n_nuclei):
         if len(placed) == n_nuclei:
             break
-        nucleus = _draw_nucleus(rng, row, radius, flow, placed, gap)
+        nucleus = draw_nucleus(rng, row, radius, flow, placed, gap)
         if _is_taken(taken, nucleus.y, nucleus.x):  # hidden at its centre: not worth drawing
             continue
         window, mask = _draw_mask(rng, nucleus, row.wobble, labels.shape)
@@ -202,7 +202,7 @@ def _draw_labels(rng: np.random.Generator, row: Kind, flow: Map, n_nuclei: int |
     return labels
 
 
-def _draw_nucleus(
+def draw_nucleus(
     rng: np.random.Generator,
     row: Kind,
     radius: float,
@@ -220,8 +220,8 @@ def _draw_nucleus(
     if not placed or rng.random() >= row.cluster:
         return Nucleus(y, x, size * stretch, size / stretch, along + turn)
     other, direction = placed[rng.integers(len(placed))], rng.uniform(-np.pi, np.pi)
-    if row.beside and rng.random() < row.beside:
-        direction = other.angle + rng.choice([-1, 1]) * np.pi / 2 + 0.1 * direction
+    if row.flank and rng.random() < row.flank:
+        direction = other.angle + rng.choice([-1, 1]) * np.pi / 2 + rng.uniform(-0.3, 0.3)
     nucleus = Nucleus(other.y, other.x, size * stretch, size / stretch, other.angle + turn)
     distance = (other.reach(direction) + nucleus.reach(direction)) * rng.uniform(0.82, 1.0) + 1.5 * gap
     return nucleus._replace(

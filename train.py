@@ -28,7 +28,6 @@ from tqdm import tqdm
 import parallel
 from config import CHECKPOINT_KEYS, Config
 from dataset import build_loader, open_cache
-from detector import MaskRCNN
 from division import format_epoch, load_split
 from helper import (
     is_restarted,
@@ -42,9 +41,8 @@ from helper import (
     set_aside,
 )
 from image import Cache, ImageError
-from loss import MATCHERS
 from metric import pixel_iou
-from model import build_model, load_model, model_options, place
+from model import build_model, model_options, place
 from network import Network
 from pipeline import ordered
 from postprocess import Labels, Probs
@@ -53,7 +51,7 @@ from record import Record
 from schedule import plan_stretch
 from score import Score, score_image, summarize
 from target import make_targets, plan_targets
-from trainer import Trainer, log_graph, pick_rules
+from trainer import Trainer, log_graph
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -74,8 +72,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     train, valid, n_bad = _read_all(train, valid, cache, config)
     loader = build_loader(train, cache, config, model.heads, pin=device.type == "cuda")
     evaluate = _make_evaluate(valid, cache, config, device, precision) if valid else None
-    teachers = _load_teachers(config, model, device)
-    trainer = Trainer(model, loader, config, args.checkpoint_dir, device, precision, evaluate, teachers)
+    trainer = Trainer(model, loader, config, args.checkpoint_dir, device, precision, evaluate)
     _rehearse(trainer)
 
     if state is not None:
@@ -91,8 +88,6 @@ def run(config: Config, args: argparse.Namespace) -> int:
     print(format_epoch(train, valid, loader.dataset.balance))
     if config.train.drawn_share:
         print(f"{config.train.drawn_share:.0%} of an epoch are drawn in their place ([train] drawn_share)")
-    if config.train.teacher:
-        print(f"{config.train.teacher_share:.0%} of each target are what {', '.join(config.train.teacher)} says")
     frozen = ", its encoder frozen" if trainer.epoch < trainer.thaw_epoch else ""
     many = f" by {parallel.world()} processes" if parallel.world() > 1 else ""
     print(f"{config.param.model} on {device} in {str(precision).removeprefix('torch.')}{frozen}{many}")
@@ -127,24 +122,6 @@ def _load_encoder(model: Network, config: Config, fresh: list[str]) -> None:
     wanted = model.encoder is not None and any(name.startswith("encoder.") for name in fresh)
     if wanted and model.encoder.load_weights(config.param.encoder_weights):
         print(f"Encoder weights: {config.param.encoder_weights}")
-
-
-def _load_teachers(config: Config, model: Network, device: torch.device) -> list[Network]:
-    """The networks that are to be learned from, as far as they can teach this one."""
-    teachers = []
-    for path in config.train.teacher:
-        checkpoint = load_checkpoint(path)
-        teacher = place(load_model(checkpoint), device).requires_grad_(False)
-        if isinstance(model, MaskRCNN) or isinstance(teacher, MaskRCNN):
-            raise ValueError(f"[train] teacher = {path}: a maskrcnn has no maps to teach or to learn")
-        if missing := set(pick_rules(config, model.heads)) - set(teacher.heads) - MATCHERS.keys():
-            unknown = ", ".join(sorted(missing))
-            raise ValueError(f"[train] teacher = {path}: knows no {unknown}, which {model.name} learns")
-        theirs, ours = Config().inherit(checkpoint["config"], CHECKPOINT_KEYS).pre.policy, config.pre.policy
-        if theirs != ours:
-            raise ValueError(f"[train] teacher = {path}: reads images by {theirs}, the settings by {ours}")
-        teachers.append(teacher)
-    return teachers
 
 
 def _inherit(config: Config, args: argparse.Namespace, state: dict | None) -> tuple[Config, bool]:

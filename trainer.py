@@ -31,7 +31,7 @@ from dataset import Batch, Loader, Piece
 from detector import MaskRCNN
 from encoder import LibraryEncoder
 from helper import Meter, autocast, save_checkpoint, write_current
-from loss import MATCHERS, Criterion
+from loss import Criterion
 from model import memory_format
 from network import Network
 from schedule import SCHEDULES, Stretch
@@ -47,27 +47,11 @@ _SYNC_BUFFERS = next(
 
 
 class Learner(nn.Module):
-    """A network and its losses as one module, so that what wraps it sees all that gradients flow through.
+    """A network and its losses as one module, so that what wraps it sees all that gradients flow through."""
 
-    Parameters
-    ----------
-    teachers : sequence of Network
-        In evaluation mode; the targets lean towards the mean of their maps, by `share` (Hinton et al. 2015,
-        arXiv:1503.02531; that both see the same crop is what Beyer et al. 2022 recommend,
-        doi:10.1109/CVPR52688.2022.01065).
-    """
-
-    def __init__(
-        self,
-        network: Network,
-        criterion: Criterion,
-        precision: torch.dtype,
-        teachers: Sequence[Network] = (),
-        share: float = 0.5,
-    ) -> None:
+    def __init__(self, network: Network, criterion: Criterion, precision: torch.dtype) -> None:
         super().__init__()
         self.network, self.criterion, self.precision = network, criterion, precision
-        self.teachers, self.share = tuple(teachers), share  # in a tuple they are no part of what is trained
 
     def forward(self, image: Tensor, targets: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Named losses, and the logits they were taken of, without gradient; a detector has none to show."""
@@ -75,17 +59,8 @@ class Learner(nn.Module):
             if isinstance(self.network, MaskRCNN):
                 return self.network.losses(image, targets), {}
             logits = self.network(image)
-            said = self._ask_teachers(image)
-        targets = {**targets, **{head: targets[head].lerp(value, self.share) for head, value in said.items()}}
         losses = self.criterion(logits, targets)
         return losses, {head: value.detach() for head, value in logits.items()}
-
-    @torch.no_grad()
-    def _ask_teachers(self, image: Tensor) -> dict[str, Tensor]:
-        """head -> (B, 1, H, W) mean probability; not of what may be matched to any answer, the colours."""
-        answers = [teacher(image) for teacher in self.teachers]
-        heads = self.criterion.terms.keys() - MATCHERS.keys() if answers else ()
-        return {head: torch.stack([a[head].float().sigmoid() for a in answers]).mean(0) for head in heads}
 
 
 class Trainer:
@@ -103,8 +78,6 @@ class Trainer:
     evaluate : callable, optional
         network -> scores of the validation images, the same in every process; "score" decides which checkpoint is the
         best.
-    teachers : sequence of Network
-        On `device`; see `Learner`.
 
     Raises
     ------
@@ -130,9 +103,8 @@ class Trainer:
         device: torch.device,
         precision: torch.dtype,
         evaluate: Callable[[Network], Mapping[str, float]] | None = None,
-        teachers: Sequence[Network] = (),
     ) -> None:
-        self.loader, self.config, self.folder, self.teachers = loader, config, folder, teachers
+        self.loader, self.config, self.folder = loader, config, folder
         self.device, self.precision, self.evaluate = device, precision, evaluate
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
         self.model = adapt(model, config.train, device)
@@ -256,10 +228,7 @@ class Trainer:
             self.model.freeze(frozen)
             self.learner = None
             gc.collect()  # or the hooks of the old wrapper would be called, too
-            learner = Learner(
-                self.model, self.criterion, self.precision, self.teachers, self.config.train.teacher_share
-            )
-            self.learner = share_gradients(learner)
+            self.learner = share_gradients(Learner(self.model, self.criterion, self.precision))
         self.model.train()
         if parallel.world() > 1:  # each draws its own numbers, in dropout for one, and the same again after a resume
             seeds = np.random.SeedSequence([self.config.train.seed, self.epoch, parallel.rank()])

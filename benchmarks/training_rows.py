@@ -18,7 +18,7 @@ from benchmarks import agree
 from benchmarks.inputs import Inputs
 from benchmarks.row import Floor, Row
 from config import Config
-from dataset import N_DRAWN, Batch, Loader, NucleiDataset, draw_once
+from dataset import Batch, Loader, NucleiDataset, draw_once
 from helper import pick_precision
 from image import Cache
 from loss import Criterion
@@ -88,7 +88,7 @@ def step(inputs: Inputs) -> Row:
 
 def rate(inputs: Inputs) -> Row:
     config, loader = _loader(inputs, N_RATE_STEPS)
-    for number in range(N_DRAWN):  # as the first epochs leave them
+    for number in loader.dataset.drawn_numbers(0):  # as the first epochs leave them
         draw_once(number, config.pre.policy)
     network = build_model(MODEL)
     precision = pick_precision("auto", CPU, [place(copy.deepcopy(network), CPU)])

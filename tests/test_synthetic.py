@@ -8,10 +8,10 @@ from PIL import Image
 from scipy import ndimage
 
 from record import find_records
-from synthetic import GAP, KINDS, MIN_AREA, draw_sample, write_dataset
+from synthetic import GAP, KINDS, MIN_AREA, Nucleus, draw_nucleus, draw_sample, write_dataset
 
 SHAPE = (160, 208)
-PALE = ("epithelium", "carcinoma")  # nuclei little darker than the bodies of their cells are among these
+PALE = ("epithelium", "carcinoma", "gland")  # nuclei little darker than the bodies of their cells are among these
 GLOWING = ("fluorescence", "dense", "thick", "layer", "palisade")
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -74,6 +74,16 @@ def test_image_shows_its_nuclei(kind):
         assert np.ptp(image, axis=2).max() == 0
     else:
         assert image[..., 2].mean() > image[..., 1].mean() + 20  # purple and pink have little green
+
+
+@pytest.mark.parametrize(("flank", "least"), [(1.0, np.sin(np.pi / 2 - 0.3)), (0.0, 0.0)])
+def test_nuclei_lie_along_the_flank_of_others(flank, least):
+    """In a palisade the way from one to the next runs across their long axes; elsewhere anywhere."""
+    rng, first = np.random.default_rng(1), Nucleus(50.0, 50.0, 12.0, 5.0, 0.4)
+    row = KINDS["palisade"]._replace(cluster=1.0, flank=flank)
+    placed = [draw_nucleus(rng, row, 7.0, np.ones((2, 100, 100), np.float32), [first], 0) for _ in range(200)]
+    across = [abs(np.sin(np.arctan2(n.y - first.y, n.x - first.x) - first.angle)) for n in placed]
+    assert min(across) >= least and (min(across) < 0.1) == (flank == 0)
 
 
 def test_masks_are_exact():

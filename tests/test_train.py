@@ -162,7 +162,6 @@ def _empty(folder: Path) -> None:
         (None, ["--set", "train.device=cuda:99"], "cuda:99"),
         (None, ["--config", "nowhere.ini"], "nowhere.ini: no such file"),
         (None, ["--init", "nowhere.pkl"], "no such checkpoint"),
-        (None, ["--set", "train.teacher=nowhere.pkl"], "no such checkpoint"),
         (None, ["--set", "dataset.valid_ids=nowhere.txt"], "no such file"),
         (None, ["--set", "dataset.sub_category=Moon"], "no image passes the filter"),
         (None, ["--set", "unett.width=64"], "did you mean 'unet'"),
@@ -203,31 +202,6 @@ def test_fine_tuning_another_family(data, trained, tmp_path, capsys):
     assert not (tmp_path / "checkpoint").exists()
     assert train.main([*start, *folder, *choose("param.model=colorunet")]) == 0
     assert "fresh: decoders.1" in capsys.readouterr().out
-
-
-def test_a_network_learns_from_teachers(data, trained, tmp_path, capsys):
-    out, teacher = tmp_path / "c", trained / "latest.pkl"
-    learn = ["--data", str(data), "--checkpoint-dir", str(out), *SMALL, "--set", f"train.teacher={teacher}"]
-    assert train.main([*learn, "--epoch", "1"]) == 0
-    assert f"50% of each target are what {teacher} says" in capsys.readouterr().out
-    assert train.main(["--data", str(data), "--checkpoint-dir", str(out), "--epoch", "1"]) == 0
-    assert load_checkpoint(out / "latest.pkl")["epoch"] == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (choose("param.model=caunet"), "knows no contour, which caunet learns"),
-        (["--set", "pre.color_space=lab"], "reads images by"),
-        (choose("param.model=maskrcnn"), "a maskrcnn has no maps"),
-    ],
-)
-def test_a_teacher_that_cannot_teach_is_refused(options, words, data, trained, tmp_path, capsys):
-    out = tmp_path / "c"
-    learn = ["--data", str(data), "--checkpoint-dir", str(out), *SMALL, "--set", f"train.teacher={trained}/latest.pkl"]
-    assert train.main([*learn, *options]) == 2
-    assert words in capsys.readouterr().err
-    assert not out.exists()
 
 
 def test_fine_tuning_leaves_a_fitting_encoder_alone(data, tmp_path, capsys):

@@ -18,14 +18,12 @@ import parallel
 from config import Config, Train
 from dataset import Loader, NucleiDataset, open_cache
 from helper import load_checkpoint, read_current
-from loss import Criterion
 from model import build_model, load_model, place
 from predict import Segmenter
 from record import find_records
 from schedule import Stretch
 from synthetic import write_dataset
 from trainer import (
-    Learner,
     Meters,
     Trainer,
     adapt,
@@ -222,22 +220,6 @@ def test_training_lowers_the_loss(folder, tmp_path):
     trainer.run(log)
     losses = [value for _, value in log.scalars["train/loss"]]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
-
-
-def test_targets_lean_towards_the_teachers():
-    image = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    truth = {"semantic": torch.rand(2, 1, 16, 16).round(), "color": torch.randint(0, 3, (2, 1, 16, 16)).float()}
-    student, *teachers = (build_model("colorunet").eval() for _ in range(3))
-    criterion = Criterion({"semantic": "bce + dice", "color": "bce"})
-    learner = Learner(student, criterion, torch.float32, teachers, share=0.25)
-    assert len(list(learner.parameters())) == len(list(student.parameters()))
-    losses, logits = learner(image, dict(truth))
-    said = sum(teacher(image)["semantic"].sigmoid() for teacher in teachers) / 2
-    leaning = criterion(logits, {**truth, "semantic": 0.75 * truth["semantic"] + 0.25 * said})
-    assert losses.keys() == leaning.keys()
-    for name, value in losses.items():
-        torch.testing.assert_close(value, leaning[name])
-    assert not torch.isclose(losses["semantic/bce"], criterion(logits, truth)["semantic/bce"])
 
 
 def test_the_schedule_sets_the_learn_rate(folder, tmp_path):
