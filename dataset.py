@@ -30,8 +30,8 @@ from transform import Sample, build_transform
 
 Batch = dict[str, Tensor]
 
-#: Of the images that are drawn in place of real ones: how many there are at a time, how many new ones an epoch brings at
-#: most, height and width (px), and the sub-category.
+#: Of the images that are drawn in place of real ones: how many there are at a time, how many an epoch brings at most,
+#: height and width (px), and the sub-category.
 N_DRAWN, N_FRESH, DRAWN_SHAPE, DRAWN = 800, 20, (256, 256), "Drawn"
 
 
@@ -90,8 +90,10 @@ class NucleiDataset:
         return Sample(self.cache.image(record.image), labels, record.id, record.sub_category, diameter)
 
     def drawn_numbers(self, epoch: int) -> range:
-        """The `N_DRAWN` images that an epoch chooses from when it draws. Each epoch brings new ones, as many as a tenth of
-        what it draws, and another seed has others altogether."""
+        """The `N_DRAWN` images that an epoch draws from, by number.
+
+        Each epoch brings new ones, as many as a tenth of what it draws; another seed has others altogether.
+        """
         n_fresh = min(N_FRESH, math.ceil(0.1 * self.drawn_share * len(self)))
         first = self.first_drawn + epoch * n_fresh
         return range(first, first + N_DRAWN)

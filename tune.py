@@ -13,7 +13,7 @@ nucleus is, and chooses among all ways to cut ([post] policy = forest): one from
 validation images, each of which is judged by what the other kinds taught. The better of the two is kept where it does
 better than thresholds tuned in that way. valid.py then uses what was found, unless you set it.
 
---like is for a network that was trained on from another with all images, so that none is left to tune it on.
+--like is for a network that was trained further, from another, with all images: none is left to tune it on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from helper import (
     slim,
 )
 from image import ImageError, read_image, read_labels
-from model import load_model
+from model import build_model
 from pipeline import ordered
 from predict import Segmenter, load_segmenter
 from record import Record
@@ -104,17 +104,35 @@ def run(config: Config, args: argparse.Namespace) -> int:
 
 
 def adopt(path: Path, other: Path, export: Path | None, dry_run: bool) -> None:
-    """Keep with the checkpoint `path` what was found for `other`, a network of the same heads."""
-    state, theirs = load_checkpoint(path), load_checkpoint(other)
-    found = theirs.get("tuned", {}).get(fingerprint([theirs]))
+    """Keep with the checkpoint `path` what was found for `other`, whose maps must mean the same.
+
+    Raises
+    ------
+    ValueError
+        Nothing was found for the other by itself, or it has other heads, or sees or learns something else.
+    """
+    states = [load_checkpoint(p) for p in (path, other)]
+    found = states[1].get("tuned", {}).get(fingerprint(states[1:]))
     if not found:
-        raise ValueError(f"--like {other}: was never tuned")
-    heads, others = load_model(state).heads, load_model(theirs).heads
-    if heads != others:
-        raise ValueError(f"--like {other}: has the heads {', '.join(others)}, {path} {', '.join(heads)}")
-    print(f"What was found for {other} holds for {path}")
+        raise ValueError(f"--like {other}: holds nothing that was found for it alone, as it is; run tune.py on it")
+    ours, theirs = map(meaning, states)
+    for name, value in theirs.items():
+        if value != ours[name]:
+            raise ValueError(f"--like {other}: another {name}, {value}; that of {path} is {ours[name]}")
+    print(format_choice(found, Config().inherit(states[0]["config"], CHECKPOINT_KEYS)))
     if not dry_run:
-        keep([path], fingerprint([state]), found, export)
+        keep([path], fingerprint(states[:1]), {key: value for key, value in found.items() if key != "scores"}, export)
+
+
+def meaning(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same where thresholds for the maps of one network are to hold for another's."""
+    config = Config().inherit(checkpoint["config"])
+    return {
+        "choice of heads": build_model(checkpoint["model"], **checkpoint["options"]).heads,
+        "section [contour]": config.contour,
+        "way to read images": config.pre.policy,
+        "nucleus_diameter": config.pre.nucleus_diameter,
+    }
 
 
 def pick_known(segmenter: Segmenter, config: Config, data: Path, most: int) -> list[Record]:

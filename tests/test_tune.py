@@ -118,7 +118,7 @@ def test_what_was_found_for_one_network_holds_for_its_successor(data, trained, t
     state["average"][bias] += 0.5  # trained on
     save_checkpoint(new, state)
     assert tune.main([str(new), "--like", str(old)]) == 2
-    assert f"{old}: was never tuned" in capsys.readouterr().err
+    assert f"{old}: holds nothing that was found for it alone" in capsys.readouterr().err
     tuned = load_checkpoint(old)
     found = {"values": {"param.threshold": 0.321}, "scores": {"score": 0.5}}
     save_checkpoint(old, {**tuned, "tuned": {fingerprint([tuned]): found}})
@@ -127,6 +127,10 @@ def test_what_was_found_for_one_network_holds_for_its_successor(data, trained, t
     assert tune.main([str(new), "--like", str(old), "--export", str(tmp_path / "small.pkl")]) == 0
     for path in (new, tmp_path / "small.pkl"):
         assert load_segmenter([path], load_config()).config.param.threshold == 0.321
+    state["config"]["pre"]["color_space"] = "lab"
+    save_checkpoint(new, state)
+    assert tune.main([str(new), "--like", str(old)]) == 2
+    assert "another way to read images" in capsys.readouterr().err
     assert tune.main([str(new), str(old), "--like", str(old)]) == 2
     assert "several are named" in capsys.readouterr().err
 
