@@ -69,7 +69,7 @@ class NucleiDataset:
         self.transform = build_transform(config.pre, config.width, config.contour.precise)
         self.clean = build_cleaner(config)
         self.drawn_share, self.policy = config.train.drawn_share, config.pre.policy
-        self.first_drawn = int(np.random.SeedSequence(self.seed).generate_state(1)[0])
+        self.first_drawn = 1_000_000 * self.seed
         self.mixes_style = config.pre.style_mix
         self.equal_size = config.pre.equal_size
         self.diameters: dict[int, float] = {}
