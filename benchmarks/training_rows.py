@@ -122,6 +122,7 @@ def _loader(inputs: Inputs, n_steps: int) -> tuple[Config, Loader]:
     n_images = n_steps * config.train.n_batch
     records = (list(inputs.records) * n_images)[:n_images]
     dataset = NucleiDataset(records, cache, config, ("semantic", "contour", "marker"))
+    dataset.drawn_share = 0.0  # images from the cache alone
     return config, Loader(dataset, config.train.n_batch, inputs.machine.cores)
 
 
