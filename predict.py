@@ -31,10 +31,16 @@ from postprocess import clean, expected_quality, heads_read, instances, merge, m
 from tile import cut_blocks, join, round_zoom
 from view import View, combine, show, undo, unzoom_maps, zoom_image
 
+#: head -> its probabilities; those of each network, as far as they are known.
+Maps = dict[str, NDArray[np.float32]]
+Seen = Sequence[Maps]
 #: Most pixels of a batch of views: what is gained by a batch is lost in memory beyond it.
 BATCH_PIXELS = 2**20
 #: Most that an image is reduced and enlarged to bring its nuclei to one size.
 ZOOM_RANGE = (0.6, 2.0)
+#: An image that wants a zoom between these stays as it is: networks are trained on many sizes, and among those nothing
+#: is gained (docs/ablation.md).
+NOT_WORTH = (0.45, 1.75)
 #: An image of more tiles than that is not looked at as a whole to find its zoom, but in as many samples.
 N_LOOKS = 9
 #: Side of a tile (px) where the settings never want one, and there must be one; overlap of the tiles of a detector.
@@ -105,13 +111,13 @@ class Segmenter:
             network.active = tuple(head for head in network.active if head in read)
         return replace(self, networks=networks) if all(network.active for network in networks) else self
 
-    def predict(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
+    def predict(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], Maps]:
         """The instances of an (H, W, 3) uint8 image, (H, W) int32, and the maps they were read off, as `probs` gives
         them; those of a detector are how sure it is that something is a nucleus."""
         probs, finish = self.begin(image)
         return finish(), probs
 
-    def begin(self, image: NDArray[np.uint8]) -> tuple[dict[str, NDArray[np.float32]], Callable[[], NDArray[np.int32]]]:
+    def begin(self, image: NDArray[np.uint8]) -> tuple[Maps, Callable[[], NDArray[np.int32]]]:
         """The maps of `predict`, and what gives its instances: work without a network, which any thread may do."""
         if isinstance(self.networks[0], MaskRCNN):
             labels, probs = self._detect(image, self.networks[0])
@@ -119,9 +125,7 @@ class Segmenter:
         probs = self.probs(image)
         return probs, lambda: self.separate(probs)
 
-    def _detect(
-        self, image: NDArray[np.uint8], network: MaskRCNN
-    ) -> tuple[NDArray[np.int32], dict[str, NDArray[np.float32]]]:
+    def _detect(self, image: NDArray[np.uint8], network: MaskRCNN) -> tuple[NDArray[np.int32], Maps]:
         """As `predict`; a detector sees the image once, or its tiles, without border or other views."""
         config, size = self.config, image.shape[1::-1]
         if not config.valid.pred_orig_size:
@@ -160,22 +164,23 @@ class Segmenter:
             np.maximum(semantic[window.slices], foreground, out=semantic[window.slices])
         return labels, semantic
 
-    def probs(self, image: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    def probs(self, image: NDArray[np.uint8]) -> Maps:
         """Probability maps in [0, 1] of an (H, W, 3) uint8 image, head -> (H, W) or (C, H, W), of all networks
         together."""
         return self.merge(self.members(image))
 
-    def members(self, image: NDArray[np.uint8]) -> list[dict[str, NDArray[np.float32]]]:
+    def members(self, image: NDArray[np.uint8]) -> list[Maps]:
         """As `probs`, of each network."""
-        return self._see(image, self.zoom(image), self.config.valid)
+        zoom, seen = self._look(image)
+        return self._see(image, zoom, self.config.valid, seen)
 
-    def _see(self, image: NDArray[np.uint8], zoom: float, valid: Valid) -> list[dict[str, NDArray[np.float32]]]:
+    def _see(self, image: NDArray[np.uint8], zoom: float, valid: Valid, seen: Seen = ()) -> list[Maps]:
         """As `members`, at a zoom; in tiles where the enlarged image with its border is larger than one."""
         shape = image.shape[:2]
         most = max(view.zoom for view in combine(valid.test_time_augment))
         if valid.pred_orig_size and needs_tiles(shape, zoom * most, valid.border, valid.tile):
             return self.mosaic(lambda window: image[window.slices], shape, zoom, valid).all()
-        members = self._predict(zoom_image(image, zoom), valid)
+        members = self._predict(zoom_image(image, zoom), valid, seen)
         return [{head: unzoom_maps(maps, shape) for head, maps in each.items()} for each in members]
 
     def mosaic(self, read: Read, shape: tuple[int, int], zoom: float, valid: Valid | None = None) -> Mosaic:
@@ -212,14 +217,14 @@ class Segmenter:
         """What two tiles have in common, in pixels that networks see, where ``[valid] tile_overlap`` does not say."""
         return max(measure_reach(network, REACH_SHARE) for network in self.networks)
 
-    def _predict(self, image: NDArray[np.uint8], valid: Valid) -> list[dict[str, NDArray[np.float32]]]:
+    def _predict(self, image: NDArray[np.uint8], valid: Valid, seen: Seen = ()) -> list[Maps]:
         networks = self.compiled or self.networks
-        members = predict_each(image, networks, valid, self.config.width, self.device, self.precision)
+        members = predict_each(image, networks, valid, self.config.width, self.device, self.precision, seen)
         if not self.config.contour.detect and len(members) == 1:  # of several, each says by itself what it knows
             members[0].pop("contour", None)
         return members
 
-    def merge(self, members: Sequence[Mapping[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
+    def merge(self, members: Sequence[Mapping[str, NDArray[np.float32]]]) -> Maps:
         """What the networks say together."""
         valid = self.config.valid
         weights = valid.ensemble_weights if len(members) > 1 else ()  # a network in training is alone, whatever is set
@@ -230,16 +235,22 @@ class Segmenter:
 
         A first look, one view of the image as it is, tells the typical diameter; 1 where it finds no nucleus.
         """
+        return self._look(image)[0]
+
+    def _look(self, image: NDArray[np.uint8]) -> tuple[float, Seen]:
+        """The zoom, and what the first look has seen already of what is asked for: the first view, where it is 1."""
         if not self.config.pre.nucleus_diameter or not self.config.valid.pred_orig_size:
-            return 1.0
+            return 1.0, ()
         shape, side = image.shape[:2], self.config.valid.tile
-        if not side or shape[0] * shape[1] <= N_LOOKS * side**2:
-            return self.fit(typical_diameter(self.first_look(image)))
-        return self.fit(typical_diameter(self.look_around(lambda window: image[window.slices], shape)))
+        if side and shape[0] * shape[1] > N_LOOKS * side**2:
+            return self.fit(typical_diameter(self.look_around(lambda window: image[window.slices], shape))), ()
+        seen = self._see_once(image)
+        zoom = self.fit(typical_diameter(self.separate(self.merge(seen))))
+        return zoom, seen if zoom == 1 else ()
 
     def look_around(self, read: Read, shape: tuple[int, int]) -> NDArray[np.int32]:
         """The instances of samples of a large image, as one label map: where it differs most from place to place."""
-        return pile([self.first_look(sample) for sample in self._samples(read, shape)])
+        return pile([self._first_look(sample) for sample in self._samples(read, shape)])
 
     def _samples(self, read: Read, shape: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
         valid = self.config.valid
@@ -256,21 +267,25 @@ class Segmenter:
         scene = survey(samples, config.post, thresholds)
         return scene if len(scene.areas) else None
 
-    def first_look(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
+    def _first_look(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an (H, W, 3) uint8 image as it is, from one view of it."""
         if isinstance(self.networks[0], MaskRCNN):
             return self.predict(image)[0]
-        look = self.config.valid.model_copy(update={"test_time_augment": ()})
-        return self.separate(self.merge(self._see(image, 1.0, look)))
+        return self.separate(self.merge(self._see_once(image)))
+
+    def _see_once(self, image: NDArray[np.uint8]) -> list[Maps]:
+        return self._see(image, 1.0, self.config.valid.model_copy(update={"test_time_augment": ()}))
 
     def fit(self, diameter: float) -> float:
-        """How many times to enlarge an image whose typical nucleus is of that diameter (px); 1 without nuclei.
+        """How many times to enlarge an image whose typical nucleus is of that diameter (px); 1 where that is not far from
+        what is wanted, and without nuclei.
 
         In the steps that tiles can have: whole or in tiles, an image is seen alike.
         """
         wanted = self.config.pre.nucleus_diameter
-        zoom = float(np.clip(wanted / diameter, *ZOOM_RANGE)) if diameter and wanted else 1.0
-        return 1.0 if 0.9 < zoom < 1.1 else float(round_zoom(zoom))  # so little is not worth the resampling
+        if not diameter or not wanted or NOT_WORTH[0] <= wanted / diameter <= NOT_WORTH[1]:
+            return 1.0
+        return float(round_zoom(np.clip(wanted / diameter, *ZOOM_RANGE)))
 
     def separate(self, probs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int32]:
         """The instances of probability maps by the rules of the settings, (H, W) int32."""
@@ -344,7 +359,8 @@ def predict_each(
     width: int,
     device: torch.device,
     precision: torch.dtype = torch.float32,
-) -> list[dict[str, NDArray[np.float32]]]:
+    seen: Seen = (),
+) -> list[Maps]:
     """Probability maps of an image by each network, averaged over views.
 
     Parameters
@@ -354,6 +370,8 @@ def predict_each(
         Views, padding, or the squeeze to `width` and back (``pred_orig_size = False``).
     width : int
         Input size of the networks, in pixels.
+    seen : sequence of dict
+        What this returns for the first view alone, the image as it is; not set: not known yet.
 
     Returns
     -------
@@ -366,8 +384,8 @@ def predict_each(
         image = cv2.resize(image, (width, width), interpolation=cv2.INTER_AREA)
     views = combine(valid.test_time_augment)
     each = []
-    for network in networks:
-        maps = _average_views(image, network, views, valid, device, precision)
+    for network, first in zip(networks, seen or [{}] * len(networks), strict=True):
+        maps = _average_views(image, network, views, valid, device, precision, first)
         maps = {head: unzoom_maps(value, shape) for head, value in maps.items()}
         each.append({head: value if head in HEAD_CHANNELS else value[0] for head, value in maps.items()})
     return each
@@ -380,11 +398,13 @@ def _average_views(
     valid: Valid,
     device: torch.device,
     precision: torch.dtype,
-) -> dict[str, NDArray[np.float32]]:
+    first: Mapping[str, NDArray[np.float32]],
+) -> Maps:
     """head -> (C, H, W), the mean over the views; of several channels the first view's, the image as it is."""
-    total: dict[str, NDArray[np.float32]] = {}
-    for zoom in dict.fromkeys(view.zoom for view in views):
-        mine = [view for view in views if view.zoom == zoom]
+    total = {head: value.reshape(-1, *value.shape[-2:]) for head, value in first.items()}
+    rest = views[1:] if first else views
+    for zoom in dict.fromkeys(view.zoom for view in rest):
+        mine = [view for view in rest if view.zoom == zoom]
         zoomed = zoom_image(image, zoom)
         height, width = zoomed.shape[:2]
         source, (top, left) = _pad(zoomed, valid, network.stride) if valid.pred_orig_size else (zoomed, (0, 0))
@@ -406,7 +426,7 @@ def _predict_views(
     views: Sequence[View],
     device: torch.device,
     precision: torch.dtype,
-) -> Iterator[tuple[View, dict[str, NDArray[np.float32]]]]:
+) -> Iterator[tuple[View, Maps]]:
     """Views of one zoom with their maps, head -> (C, h, w), as seen in the view; those of one shape are a batch."""
     for lying in (False, True):  # a quarter turn swaps the sides
         mine = [view for view in views if view.turns % 2 == lying]

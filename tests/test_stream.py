@@ -103,11 +103,11 @@ def test_every_nucleus_once_as_in_memory(tmp_path):
 def test_a_slide_is_brought_to_size_as_an_image_is(tmp_path):
     truth = scene()
     path = write(tmp_path / "a.tif", truth)
-    network = segmenter(diameter=21)
-    assert network.zoom(tifffile.imread(path)) == 1.5
+    network = segmenter(diameter=28)
+    assert network.zoom(tifffile.imread(path)) == 2
     plan = stream.make_plan(open_slide(path), network, tmp_path / "plan", "key")
-    assert plan["zoom"] == "3/2"
-    found = tifffile.imread(run(tmp_path, path, diameter=21).files[0])
+    assert plan["zoom"] == "2"
+    found = tifffile.imread(run(tmp_path, path, diameter=28).files[0])
     assert same_nuclei(found, network(tifffile.imread(path)))
 
 
