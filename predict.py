@@ -277,7 +277,7 @@ class Segmenter:
         return self._see(image, 1.0, self.config.valid.model_copy(update={"test_time_augment": ()}))
 
     def fit(self, diameter: float) -> float:
-        """How many times to enlarge an image whose typical nucleus is of that diameter (px); 1 where that is not far from
+        """How many times to enlarge an image whose typical nucleus is of that diameter (px); 1 where that is close to
         what is wanted, and without nuclei.
 
         In the steps that tiles can have: whole or in tiles, an image is seen alike.
