@@ -29,14 +29,14 @@ Map = NDArray[np.float32]
 LEVELS = np.arange(0.15, 0.96, 0.05)
 #: Least area (pixels) of a part.
 LEAST_PART = 3
-#: What is known of a candidate, in this order; see `describe`.
+#: What is known of a candidate, in this order; see `describe`. Nothing of it depends on how large the image is shown.
 FEATURES = (
-    "log_area", "relative_area", "axis_ratio", "ellipse_fit", "solidity", "roundness",
+    "relative_area", "axis_ratio", "ellipse_fit", "solidity", "roundness",
     "semantic", "least_semantic", "edge_semantic", "marker", "most_marker", "contour", "edge_contour",
     "touching", "touching_contour", "touching_semantic",
     "neck", "neck_contour", "neck_semantic", "neck_marker", "log_atoms",
     "birth", "life", "is_blob", "share_of_parent", "parent_neck", "parent_neck_contour",
-    "at_frame", "log_typical", "image_semantic", "rank",
+    "at_frame", "image_semantic", "rank",
 )  # fmt: skip
 
 
@@ -214,7 +214,6 @@ def describe(forest: Forest, probs: Mapping[str, Map], scene: Scene | None = Non
     perimeter = np.maximum(borders["outer"] + borders["touching"], 1)
     of_parent = np.where(forest.parent >= 0, forest.parent, np.arange(len(forest)))
     columns = {
-        "log_area": np.log(area),
         "relative_area": area / scene.typical,
         "axis_ratio": np.sqrt(short / long),
         "ellipse_fit": area / (4 * np.pi * np.sqrt(long * short)),
@@ -240,7 +239,6 @@ def describe(forest: Forest, probs: Mapping[str, Map], scene: Scene | None = Non
         "parent_neck": np.where(forest.parent >= 0, borders["inner"][of_parent] / np.sqrt(area), 0),
         "parent_neck_contour": np.where(forest.parent >= 0, borders["inner_contour"][of_parent], 0),
         "at_frame": borders["frame"] > 0,
-        "log_typical": np.full(len(forest), np.log(scene.typical)),
         "image_semantic": np.full(len(forest), scene.semantic),
         "rank": np.searchsorted(scene.areas, area) / max(len(scene.areas), 1),
     }

@@ -20,6 +20,8 @@ N_VOICES, N_UNITS = 5, 48
 N_STEPS, N_BATCH, RATE, DECAY = 1500, 256, 3e-3, 1e-2
 #: How often each candidate is seen, where they are so many that this takes more steps.
 N_PASSES = 64
+#: Deviations of the noise on features that are learned from, so that what is learned holds where images look otherwise.
+NOISE = 0.5
 #: Features are standardised, and cut off beyond so many deviations: what was never seen is taken for the extreme.
 REACH = 4.0
 
@@ -91,7 +93,8 @@ def learn(features: Sequence[NDArray[np.float32]], ious: Sequence[NDArray[np.flo
 
     Notes
     -----
-    Five networks of two layers, each shown other candidates at each step, by cross entropy with the quality.
+    Five networks of two layers, each shown other candidates at each step, with other noise, by cross entropy with the
+    quality. Noise on the input is Tikhonov regularisation (Bishop 1995, doi:10.1162/neco.1995.7.1.108).
     """
     counts = np.array([len(iou) for iou in ious])
     if not counts.sum():
@@ -110,7 +113,8 @@ def learn(features: Sequence[NDArray[np.float32]], ious: Sequence[NDArray[np.flo
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, n_steps)
         for _ in range(n_steps):
             some = torch.randint(len(x), (N_VOICES, N_BATCH))
-            losses = F.binary_cross_entropy_with_logits(opinion(x[some]), y[some], weight[some], reduction="none")
+            seen = x[some] + NOISE * opinion.std * torch.randn(*some.shape, x.shape[1])
+            losses = F.binary_cross_entropy_with_logits(opinion(seen), y[some], weight[some], reduction="none")
             optimizer.zero_grad()
             losses.mean(1).sum().backward()
             optimizer.step()

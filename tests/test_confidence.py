@@ -14,7 +14,7 @@ def candidates(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Features of which one decides the IoU."""
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(n, len(FEATURES))).astype(np.float32)
-    return features, 1 / (1 + np.exp(-2 * features[:, 4]))
+    return features, 1 / (1 + np.exp(-features[:, 4]))
 
 
 def test_quality_is_what_a_nucleus_adds_to_the_score():
