@@ -99,9 +99,10 @@ def test_no_other_set_is_worth_more(seed):
 
 def test_features_of_a_union_are_those_of_one_piece():
     forest, probs = grow(CROWD)
-    features = describe(forest, probs)
+    scene = find_scene([(forest, probs["semantic"])])
+    features = describe(forest, probs, scene)
     same = [FEATURES.index(name) for name in (
-        "axis_ratio", "ellipse_fit", "solidity", "roundness", "semantic", "least_semantic",
+        "relative_area", "axis_ratio", "ellipse_fit", "solidity", "roundness", "semantic", "least_semantic",
         "edge_semantic", "marker", "most_marker", "contour", "edge_contour", "at_frame",
     )]  # fmt: skip
     assert (forest.atom == 0).any()
@@ -111,7 +112,7 @@ def test_features_of_a_union_are_those_of_one_piece():
         labels = np.where(mask, 1, np.where(forest.atoms > 0, 2, 0)).astype(np.int32)
         n = labels.max()
         alone = Forest(labels, np.full(n, -1), np.arange(1, n + 1), np.zeros(n), np.zeros(n))
-        assert describe(alone, probs)[0, same] == pytest.approx(features[node, same], abs=1e-4)
+        assert describe(alone, probs, scene)[0, same] == pytest.approx(features[node, same], abs=1e-4)
 
 
 def test_features_know_no_size():
@@ -169,7 +170,10 @@ def test_shapes_are_those_of_scikit_image():
     mask[25:32, 30:70] = True
     forest, probs = grow(mask)
     region = regionprops(mask.astype(int))[0]
-    row = dict(zip(FEATURES, describe(forest, probs)[np.flatnonzero(forest.parent < 0)[0]], strict=True))
+    whole = np.flatnonzero(forest.parent < 0)[0]
+    scene = find_scene([(forest, probs["semantic"])])._replace(typical=1)
+    row = dict(zip(FEATURES, describe(forest, probs, scene)[whole], strict=True))
+    assert row["relative_area"] == pytest.approx(region.area)
     assert row["axis_ratio"] == pytest.approx(region.axis_minor_length / region.axis_major_length, rel=1e-3)
     assert row["solidity"] == pytest.approx(region.solidity, rel=0.02)
     assert row["semantic"] == pytest.approx(probs["semantic"][mask].mean(), rel=1e-4)
