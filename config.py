@@ -206,6 +206,7 @@ class Train(Section):
     device: str = "auto"
     n_image_log: int = Field(4, ge=0)
     accumulate: int = Field(1, ge=1)
+    teacher: OptionalPath = None
     sync_batchnorm: bool = False
     compile: bool = False
 

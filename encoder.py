@@ -64,12 +64,13 @@ class ConvUnit(nn.Sequential):
         norm: str = "batch",
         dropout: float = 0.0,
         dilation: int = 1,
+        stride: int = 1,
     ) -> None:
         if sorted(order) != ["a", "c", "n"]:
             raise ValueError(f"conv_order '{order}': wanted the letters c, a, n in some order, such as can")
         width = n_out if order.index("c") < order.index("n") else n_in
         parts: dict[str, nn.Module] = {
-            "c": nn.Conv2d(n_in, n_out, 3, padding=dilation, dilation=dilation),
+            "c": nn.Conv2d(n_in, n_out, 3, stride, padding=dilation, dilation=dilation),
             "a": pick(ACTIVATIONS, activation, "activation")(),
             "n": pick(NORMS, norm, "norm")(width),
         }
@@ -78,10 +79,12 @@ class ConvUnit(nn.Sequential):
 
 
 class ConvBlock(nn.Sequential):
-    """Two `ConvUnit` in a row; `dilation` applies to the second."""
+    """Two `ConvUnit` in a row; `stride` is the first one's, `dilation` the second's."""
 
-    def __init__(self, n_in: int, n_out: int, dilation: int = 1, **options) -> None:
-        super().__init__(ConvUnit(n_in, n_out, **options), ConvUnit(n_out, n_out, dilation=dilation, **options))
+    def __init__(self, n_in: int, n_out: int, dilation: int = 1, stride: int = 1, **options) -> None:
+        super().__init__(
+            ConvUnit(n_in, n_out, stride=stride, **options), ConvUnit(n_out, n_out, dilation=dilation, **options)
+        )
 
 
 class Encoder(nn.Module):
@@ -122,14 +125,18 @@ class PlainEncoder(Encoder):
         Channels of each stage.
     dilation : int
         Of the second convolution of each stage.
+    finest : int
+        Stride of the first stage's map: 1 works at the image's resolution, 2 at half of it.
     """
 
-    def __init__(self, widths: Sequence[int] = WIDTHS, dilation: int = 1, **options) -> None:
+    def __init__(self, widths: Sequence[int] = WIDTHS, dilation: int = 1, finest: int = 1, **options) -> None:
         super().__init__()
         self.channels = tuple(widths)
-        self.strides = tuple(2**i for i in range(len(widths)))
+        self.strides = tuple(finest * 2**i for i in range(len(widths)))
+        steps = (finest, *(1 for _ in widths[1:]))
         self.stages = nn.ModuleList(
-            ConvBlock(n_in, n_out, dilation, **options) for n_in, n_out in zip((3, *widths[:-1]), widths, strict=True)
+            ConvBlock(n_in, n_out, dilation, step, **options)
+            for n_in, n_out, step in zip((3, *widths[:-1]), widths, steps, strict=True)
         )
         self.pool = nn.MaxPool2d(2)
 

@@ -122,6 +122,24 @@ def _color_greedily(means: NDArray[np.float32], pairs: NDArray[np.int32]) -> NDA
     return colors
 
 
+def imitate(logits: Mapping[str, Tensor], taught: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How far a network is from its teacher: "head/teacher" -> binary cross entropy, mean over pixels.
+
+    Hinton et al. 2015 (arXiv:1503.02531), at temperature 1.
+
+    Parameters
+    ----------
+    logits, taught : mapping
+        head -> (B, C, H, W) logits of the network and of its teacher. What only one of them has is left alone, and so
+        is a colour head, where any colouring is as good.
+    """
+    heads = [head for head in logits if head in taught and head not in MATCHERS]
+    return {
+        f"{head}/teacher": F.binary_cross_entropy_with_logits(logits[head].float(), taught[head].float().sigmoid())
+        for head in heads
+    }
+
+
 #: head -> (logits, target as it comes) -> target as its losses want it
 MATCHERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"color": match_colors}
 

@@ -79,8 +79,8 @@ class UNet(Network):
         See `encoder.build_encoder`.
     frozen : bool
         The encoder is not trained; see `Network.freeze`.
-    widths : sequence of int
-        Channels of the stages of a plain encoder.
+    widths, finest
+        Channels of the stages of a plain encoder, and the stride of its first map.
     mean, std : three floats, optional
         Normalisation of RGB in [0, 1]; what the encoder wants, where not given.
     least : int
@@ -96,12 +96,13 @@ class UNet(Network):
         encoder: str = "plain",
         frozen: bool = False,
         widths: Sequence[int] = WIDTHS,
+        finest: int = 1,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         least: int = 0,
         **blocks: Any,
     ) -> None:
-        body = build_encoder(encoder, widths=widths, **blocks)
+        body = build_encoder(encoder, widths=widths, finest=finest, **blocks)
         super().__init__(heads, body.strides[-1], mean or body.mean, std or body.std)
         self.encoder = body
         count = 1 if shared else len(self.heads)
@@ -257,6 +258,7 @@ MODELS: dict[str, Callable[..., Network]] = {
     "res_samunet": partial(UNet, heads=_THREE, encoder="resnet34", frozen=True, shared=True),
     "lite_camunet": partial(UNet, heads=_THREE, encoder="efficientnet_lite0"),
     "lite_samunet": partial(UNet, heads=_THREE, encoder="efficientnet_lite0", shared=True),
+    "small_samunet": partial(UNet, heads=_THREE, shared=True, finest=2, widths=(16, 24, 48, 96, 128)),
     "dcan": partial(DCAN, heads=_TWO),
     "msdnet": partial(MixedScaleNet, heads=_THREE),
     "maskrcnn": _detector,

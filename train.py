@@ -28,6 +28,7 @@ from tqdm import tqdm
 import parallel
 from config import CHECKPOINT_KEYS, Config
 from dataset import build_loader, open_cache
+from detector import MaskRCNN
 from division import format_epoch, load_split
 from helper import (
     is_restarted,
@@ -42,7 +43,7 @@ from helper import (
 )
 from image import Cache, ImageError
 from metric import pixel_iou
-from model import build_model, model_options, place
+from model import build_model, load_model, model_options, place
 from network import Network
 from pipeline import ordered
 from postprocess import Labels, Probs
@@ -51,7 +52,7 @@ from record import Record
 from schedule import plan_stretch
 from score import Score, score_image, summarize
 from target import make_targets, plan_targets
-from trainer import Trainer, log_graph
+from trainer import Trainer, log_graph, pick_rules
 
 
 def run(config: Config, args: argparse.Namespace) -> int:
@@ -72,7 +73,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
     train, valid, n_bad = _read_all(train, valid, cache, config)
     loader = build_loader(train, cache, config, model.heads, pin=device.type == "cuda")
     evaluate = _make_evaluate(valid, cache, config, device, precision) if valid else None
-    trainer = Trainer(model, loader, config, args.checkpoint_dir, device, precision, evaluate)
+    teacher = _load_teacher(config, model, device) if config.train.teacher else None
+    trainer = Trainer(model, loader, config, args.checkpoint_dir, device, precision, evaluate, teacher)
     _rehearse(trainer)
 
     if state is not None:
@@ -122,6 +124,20 @@ def _load_encoder(model: Network, config: Config, fresh: list[str]) -> None:
     wanted = model.encoder is not None and any(name.startswith("encoder.") for name in fresh)
     if wanted and model.encoder.load_weights(config.param.encoder_weights):
         print(f"Encoder weights: {config.param.encoder_weights}")
+
+
+def _load_teacher(config: Config, model: Network, device: torch.device) -> Network:
+    """The network to learn from; one that has nothing to teach, or sees images in another way, is an error."""
+    path = config.train.teacher
+    assert path is not None
+    state = load_checkpoint(path)
+    teacher = place(load_model(state), device)
+    if isinstance(model, MaskRCNN) or not set(teacher.heads) & set(pick_rules(config, model.heads)):
+        raise ValueError(f"[train] teacher = {path}: a {teacher.name} has no head that {model.name} is trained to have")
+    theirs = Config().inherit(state["config"], CHECKPOINT_KEYS).pre.policy
+    if theirs != config.pre.policy:
+        raise ValueError(f"[train] teacher = {path}: reads images by {theirs}, this network by {config.pre.policy}")
+    return teacher
 
 
 def _inherit(config: Config, args: argparse.Namespace, state: dict | None) -> tuple[Config, bool]:

@@ -31,7 +31,7 @@ from dataset import Batch, Loader, Piece
 from detector import MaskRCNN
 from encoder import LibraryEncoder
 from helper import Meter, autocast, save_checkpoint, write_current
-from loss import Criterion
+from loss import Criterion, imitate
 from model import memory_format
 from network import Network
 from schedule import SCHEDULES, Stretch
@@ -47,11 +47,14 @@ _SYNC_BUFFERS = next(
 
 
 class Learner(nn.Module):
-    """A network and its losses as one module, so that what wraps it sees all that gradients flow through."""
+    """A network, its losses and its teacher, if any, as one module, so that what wraps it sees all that gradients flow
+    through."""
 
-    def __init__(self, network: Network, criterion: Criterion, precision: torch.dtype) -> None:
+    def __init__(
+        self, network: Network, criterion: Criterion, precision: torch.dtype, teacher: Network | None = None
+    ) -> None:
         super().__init__()
-        self.network, self.criterion, self.precision = network, criterion, precision
+        self.network, self.criterion, self.precision, self.teacher = network, criterion, precision, teacher
 
     def forward(self, image: Tensor, targets: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Named losses, and the logits they were taken of, without gradient; a detector has none to show."""
@@ -59,7 +62,10 @@ class Learner(nn.Module):
             if isinstance(self.network, MaskRCNN):
                 return self.network.losses(image, targets), {}
             logits = self.network(image)
+            with torch.no_grad():
+                taught = {} if self.teacher is None else self.teacher(image)
         losses = self.criterion(logits, targets)
+        losses |= imitate({head: logits[head] for head in self.criterion.terms}, taught)
         return losses, {head: value.detach() for head, value in logits.items()}
 
 
@@ -78,6 +84,8 @@ class Trainer:
     evaluate : callable, optional
         network -> scores of the validation images, the same in every process; "score" decides which checkpoint is the
         best.
+    teacher : module, optional
+        A trained network, on `device`, whose maps this one learns to give beside the truth.
 
     Raises
     ------
@@ -103,12 +111,14 @@ class Trainer:
         device: torch.device,
         precision: torch.dtype,
         evaluate: Callable[[Network], Mapping[str, float]] | None = None,
+        teacher: Network | None = None,
     ) -> None:
         self.loader, self.config, self.folder = loader, config, folder
         self.device, self.precision, self.evaluate = device, precision, evaluate
         self.average = copy.deepcopy(model).eval().requires_grad_(False)
         self.model = adapt(model, config.train, device)
         self.criterion = Criterion(pick_rules(config, model.heads))
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
         self.learner: nn.Module | None = None
         kind = torch.optim.AdamW if config.train.optimizer == "adamw" else torch.optim.Adam
         decay = config.train.weight_decay if config.train.optimizer == "adamw" else 0.0
@@ -228,7 +238,7 @@ class Trainer:
             self.model.freeze(frozen)
             self.learner = None
             gc.collect()  # or the hooks of the old wrapper would be called, too
-            self.learner = share_gradients(Learner(self.model, self.criterion, self.precision))
+            self.learner = share_gradients(Learner(self.model, self.criterion, self.precision, self.teacher))
         self.model.train()
         if parallel.world() > 1:  # each draws its own numbers, in dropout for one, and the same again after a resume
             seeds = np.random.SeedSequence([self.config.train.seed, self.epoch, parallel.rank()])

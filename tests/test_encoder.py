@@ -120,6 +120,12 @@ WIDTHS = {
 FAST = ("plain", "efficientnet_lite0", "resnet18", "timm/mobilenetv3_small_050", "timm/convnext_atto")
 
 
+def test_a_plain_encoder_may_begin_at_a_coarser_map():
+    encoder = build_encoder("plain", widths=(4, 6, 8), finest=2)
+    assert encoder.strides == (2, 4, 8)
+    assert [m.shape[1:] for m in encoder(torch.zeros(2, 3, 16, 24))] == [(4, 8, 12), (6, 4, 6), (8, 2, 3)]
+
+
 def test_every_encoder_has_known_widths():
     assert {"plain", *ENCODERS} <= WIDTHS.keys()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from labels import adjacency
-from loss import COLOR_REACH, LOSSES, MATCHERS, SIDE_FACTOR, Criterion, focal, match_colors, parse_terms
+from loss import COLOR_REACH, LOSSES, MATCHERS, SIDE_FACTOR, Criterion, focal, imitate, match_colors, parse_terms
 from synthetic import draw_sample
 
 SHAPE = (2, 1, 4, 5)
@@ -214,6 +214,31 @@ def test_heads_without_a_rule_are_not_trained():
     logits, target, _ = tensors(*batch())
     maps = {"semantic": logits, "contour": logits, "contour@1": logits}
     assert Criterion({"semantic": "bce"})(maps, {"semantic": target}).keys() == {"semantic/bce"}
+
+
+# A teacher
+
+
+def test_imitating_is_the_plain_formula_against_what_the_teacher_gives():
+    logits, _, _ = batch()
+    taught = np.flip(logits, 3).copy()
+    found = imitate({"marker": torch.from_numpy(logits)}, {"marker": torch.from_numpy(taught)})
+    assert found.keys() == {"marker/teacher"}
+    expected = plain_bce(logits, sigmoid(taught), np.ones_like(logits))
+    assert found["marker/teacher"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_nothing_is_left_to_learn_of_a_teacher_that_says_the_same():
+    logits = tensors(*batch())[0].requires_grad_()
+    imitate({"semantic": logits}, {"semantic": logits.detach()})["semantic/teacher"].backward()
+    assert logits.grad.abs().max().item() < 1e-7
+
+
+def test_only_what_both_have_is_imitated_and_no_colours():
+    logits = tensors(*batch())[0]
+    ours = {"semantic": logits, "semantic@1": logits, "distance": logits, "color": logits}
+    assert imitate(ours, {"semantic": logits, "marker": logits, "color": logits}).keys() == {"semantic/teacher"}
+    assert imitate(ours, {}) == {}
 
 
 # Colours

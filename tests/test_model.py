@@ -28,10 +28,11 @@ PARAMETERS = {
     "camdunet": (3.47, 3.47), "scamunet": (1.94, 1.94), "scamdunet": (1.94, 1.94), "distunet": (2.71, 2.71),
     "colorunet": (2.71, 2.71), "vgg_unet": (9.44, 24.16), "res_unet": (3.11, 24.40), "dense_unet": (37.45, 44.40),
     "res_camunet": (9.34, 30.63), "res_samunet": (3.12, 24.40), "lite_camunet": (5.04, 5.04),
-    "lite_samunet": (3.65, 3.65), "dcan": (5.96, 5.96), "msdnet": (0.05, 0.05), "maskrcnn": (5.60, 5.60),
+    "lite_samunet": (3.65, 3.65), "small_samunet": (0.79, 0.79), "dcan": (5.96, 5.96), "msdnet": (0.05, 0.05),
+    "maskrcnn": (5.60, 5.60),
 }  # fmt: skip
 #: One row of each family, tested every time; the others are slow.
-QUICK = ("unet", "scamunet", "colorunet", "lite_camunet", "dcan", "msdnet", "maskrcnn")
+QUICK = ("unet", "scamunet", "colorunet", "lite_camunet", "small_samunet", "dcan", "msdnet", "maskrcnn")
 PLAIN = ("unet", "caunet", "camunet", "dunet", "camdunet", "scamunet", "scamdunet", "distunet", "colorunet")
 ROWS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 #: Steps and learning rate of the rows that need their own to learn four images.

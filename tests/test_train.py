@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -81,6 +82,35 @@ def test_a_resumed_run_keeps_the_settings_it_began_with(data, tmp_path):
     state = load_checkpoint(tmp_path / "c" / "latest.pkl")
     assert (state["epoch"], state["model"], state["config"]["pre"]["stretch"]) == (2, "unet", False)
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_a_teacher_is_heard(data, trained, tmp_path, capsys):
+    command = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "c"), "--epoch", "1", *SMALL]
+    assert train.main([*command, "--set", f"train.teacher={trained / 'latest.pkl'}"]) == 0
+    printed = capsys.readouterr().out
+    assert train.main([*command, "--no-resume"]) == 0
+    taught, alone = (_first_loss(text) for text in (printed, capsys.readouterr().out))
+    assert taught > alone + 0.1  # one term more
+
+
+def _first_loss(printed: str) -> float:
+    return float(re.search(r"Loss: ([\d.]+)", printed)[1])
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("pre.color_space=gray", "reads images by Policy("),
+        ("param.model=maskrcnn", "a unet has no head that maskrcnn is trained to have"),
+        ("contour.exclusive=True", "a unet has no head that caunet is trained to have"),
+    ],
+)
+def test_a_teacher_of_something_else_is_refused(data, trained, tmp_path, capsys, option, words):
+    model = option if option.startswith("param") else "param.model=caunet"
+    command = ["--data", str(data), "--checkpoint-dir", str(tmp_path / "c"), *SMALL, "--set", model, "--set", option]
+    assert train.main([*command, "--set", f"train.teacher={trained / 'latest.pkl'}"]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
 
 
 def test_another_network_does_not_resume(data, trained, tmp_path, capsys):
@@ -162,6 +192,7 @@ def _empty(folder: Path) -> None:
         (None, ["--set", "train.device=cuda:99"], "cuda:99"),
         (None, ["--config", "nowhere.ini"], "nowhere.ini: no such file"),
         (None, ["--init", "nowhere.pkl"], "no such checkpoint"),
+        (None, ["--set", "train.teacher=nowhere.pkl"], "no such checkpoint"),
         (None, ["--set", "dataset.valid_ids=nowhere.txt"], "no such file"),
         (None, ["--set", "dataset.sub_category=Moon"], "no image passes the filter"),
         (None, ["--set", "unett.width=64"], "did you mean 'unet'"),

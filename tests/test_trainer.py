@@ -67,13 +67,15 @@ def settings(**sections) -> Config:
     return Config.model_validate({name: {**base.get(name, {}), **sections.get(name, {})} for name in names})
 
 
-def make(folder: Path, out: Path, config: Config, evaluate=None, seed: int = 0, loader=Loader, **options) -> Trainer:
+def make(
+    folder: Path, out: Path, config: Config, evaluate=None, seed: int = 0, loader=Loader, teacher=None, **options
+) -> Trainer:
     torch.manual_seed(seed)
     model = build_model(config.param.model, **options)
     cache = open_cache(config, folder)
     dataset = NucleiDataset(find_records(folder / "train"), cache, config, model.heads)
     batches = loader(dataset, config.train.n_batch, config.train.n_worker, config.train.accumulate)
-    return Trainer(model, batches, config, out, CPU, torch.float32, evaluate)
+    return Trainer(model, batches, config, out, CPU, torch.float32, evaluate, teacher)
 
 
 def same(a, b) -> bool:
@@ -220,6 +222,26 @@ def test_training_lowers_the_loss(folder, tmp_path):
     trainer.run(log)
     losses = [value for _, value in log.scalars["train/loss"]]
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_a_network_learns_of_its_teacher_and_the_teacher_stays_as_it_is(folder, tmp_path):
+    """One that sees nothing anywhere, beside a truth that counts a hundredth."""
+    teacher = build_model("caunet")
+    nn.init.zeros_(teacher.outputs["semantic"].weight)
+    nn.init.constant_(teacher.outputs["semantic"].bias, -9.0)
+    before = copy.deepcopy(teacher.state_dict())
+    config = settings(
+        param={"learn_rate": 0.1}, train={"schedule": "constant", "n_batch": 4}, loss={"semantic": "0.01*bce"}
+    )
+    trainer = make(folder, tmp_path, config, teacher=teacher)
+    image = torch.from_numpy(trainer.loader.dataset.item(0, 0)["image"])[None]
+    first = torch.sigmoid(trainer.model(image)["semantic"]).mean().item()
+    trainer.stretch = Stretch(0, 10)
+    trainer.run(Log())
+    last = torch.sigmoid(trainer.model(image)["semantic"]).mean().item()
+    assert last < 0.2 < 0.4 < first
+    assert same(dict(teacher.state_dict()), dict(before))
+    assert not any("teacher" in name for name in load_checkpoint(tmp_path / "latest.pkl")["weights"])
 
 
 def test_the_schedule_sets_the_learn_rate(folder, tmp_path):
