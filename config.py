@@ -225,7 +225,7 @@ class Valid(Section):
     slide_labels: Literal["tif", "zarr"] = "tif"
     view_color_equalize: bool = False
     print_table: bool = False
-    test_time_augment: Views = ("dihedral",)
+    test_time_augment: Views = ("flips",)
     ensemble: Literal["avg", "vote"] = "avg"
     ensemble_weights: MemberWeights = ()
     engine: Literal["auto", "torch", "openvino"] = "auto"

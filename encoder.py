@@ -51,8 +51,8 @@ class ConvUnit(nn.Sequential):
     Parameters
     ----------
     order : str
-        Each of the letters c (convolution), a (activation), n (norm) once, in the order they act. The seed of this
-        project found ``can`` the best; ``cna`` is the common choice, ``nac`` the pre-activation one.
+        Each of the letters c (convolution), a (activation), n (norm) once, in the order they act. What this toolkit
+        grew from found ``can`` the best; ``cna`` is the common choice, ``nac`` the pre-activation one.
     """
 
     def __init__(
