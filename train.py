@@ -127,16 +127,20 @@ def _load_encoder(model: Network, config: Config, fresh: list[str]) -> None:
 
 
 def _load_teacher(config: Config, model: Network, device: torch.device) -> Network:
-    """The network to learn from; one that has nothing to teach, or sees images in another way, is an error."""
+    """The network to learn from, its trained heads active; one that has nothing to teach, or sees images in another
+    way, is an error."""
     path = config.train.teacher
     assert path is not None
     state = load_checkpoint(path)
+    theirs = Config().inherit(state["config"], CHECKPOINT_KEYS)
     teacher = place(load_model(state), device)
-    if isinstance(model, MaskRCNN) or not set(teacher.heads) & set(pick_rules(config, model.heads)):
-        raise ValueError(f"[train] teacher = {path}: a {teacher.name} has no head that {model.name} is trained to have")
-    theirs = Config().inherit(state["config"], CHECKPOINT_KEYS).pre.policy
-    if theirs != config.pre.policy:
-        raise ValueError(f"[train] teacher = {path}: reads images by {theirs}, this network by {config.pre.policy}")
+    teacher.active = tuple(pick_rules(theirs, teacher.heads))
+    if isinstance(model, MaskRCNN) or not set(teacher.active) & set(pick_rules(config, model.heads)):
+        raise ValueError(f"[train] teacher = {path}: a {teacher.name} learned no head that {model.name} is to learn")
+    if theirs.pre.policy != config.pre.policy:
+        raise ValueError(
+            f"[train] teacher = {path}: reads images by {theirs.pre.policy}, this network by {config.pre.policy}"
+        )
     return teacher
 
 

@@ -62,11 +62,17 @@ class Learner(nn.Module):
             if isinstance(self.network, MaskRCNN):
                 return self.network.losses(image, targets), {}
             logits = self.network(image)
-            with torch.no_grad():
-                taught = {} if self.teacher is None else self.teacher(image)
+            taught = self._ask_teacher(image)
         losses = self.criterion(logits, targets)
         losses |= imitate({head: logits[head] for head in self.criterion.terms}, taught)
         return losses, {head: value.detach() for head, value in logits.items()}
+
+    @torch.no_grad()
+    def _ask_teacher(self, image: Tensor) -> dict[str, Tensor]:
+        """Logits of the heads that the teacher has learned."""
+        if self.teacher is None:
+            return {}
+        return {head: value for head, value in self.teacher(image).items() if head in self.teacher.active}
 
 
 class Trainer:

@@ -97,12 +97,20 @@ def _first_loss(printed: str) -> float:
     return float(re.search(r"Loss: ([\d.]+)", printed)[1])
 
 
+def test_a_teacher_does_not_teach_what_it_never_learned(data, tmp_path, capsys):
+    start = ["--data", str(data), "--epoch", "1", *SMALL, "--set", "param.model=caunet"]
+    assert train.main([*start, "--checkpoint-dir", str(tmp_path / "a"), "--set", "contour.detect=False"]) == 0
+    learn = [*start, "--checkpoint-dir", str(tmp_path / "b"), "--set", "contour.exclusive=True"]
+    assert train.main([*learn, "--set", f"train.teacher={tmp_path / 'a' / 'latest.pkl'}"]) == 2
+    assert "a caunet learned no head that caunet is to learn" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [
         ("pre.color_space=gray", "reads images by Policy("),
-        ("param.model=maskrcnn", "a unet has no head that maskrcnn is trained to have"),
-        ("contour.exclusive=True", "a unet has no head that caunet is trained to have"),
+        ("param.model=maskrcnn", "a unet learned no head that maskrcnn is to learn"),
+        ("contour.exclusive=True", "a unet learned no head that caunet is to learn"),
     ],
 )
 def test_a_teacher_of_something_else_is_refused(data, trained, tmp_path, capsys, option, words):
