@@ -2,7 +2,7 @@
 
     python docs/failures.py docs/failures.png weights/default.pkl DATA
 
-DATA is a data folder; its validation images are predicted. Images themselves are not drawn, so that the figure may be
+DATA is a data folder; its validation images are predicted, which a config.ini in it may name ([dataset] valid_ids). Images themselves are not drawn, so that the figure may be
 published where they may not.
 """
 
