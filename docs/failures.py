@@ -2,8 +2,8 @@
 
     python docs/failures.py docs/failures.png weights/default.pkl DATA
 
-DATA is a data folder; its validation images are predicted, which a config.ini in it may name ([dataset] valid_ids). Images
-themselves are not drawn, so that the figure may be published where they may not.
+DATA is a data folder; its validation images are predicted, which a config.ini in it may name ([dataset] valid_ids).
+Images themselves are not drawn, so that the figure may be published where they may not.
 """
 
 from __future__ import annotations
