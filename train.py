@@ -73,7 +73,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     train, valid, n_bad = _read_all(train, valid, cache, config)
     loader = build_loader(train, cache, config, model.heads, pin=device.type == "cuda")
     evaluate = _make_evaluate(valid, cache, config, device, precision) if valid else None
-    teacher = _load_teacher(config, model, device) if config.train.teacher else None
+    teacher = _load_teacher(config, model, device)
     trainer = Trainer(model, loader, config, args.checkpoint_dir, device, precision, evaluate, teacher)
     _rehearse(trainer)
 
@@ -126,11 +126,12 @@ def _load_encoder(model: Network, config: Config, fresh: list[str]) -> None:
         print(f"Encoder weights: {config.param.encoder_weights}")
 
 
-def _load_teacher(config: Config, model: Network, device: torch.device) -> Network:
-    """The network to learn from, its trained heads active; one that has nothing to teach, or sees images in another
-    way, is an error."""
+def _load_teacher(config: Config, model: Network, device: torch.device) -> Network | None:
+    """The network to learn from, if any, its trained heads active; one that has nothing to teach, or sees images in
+    another way, is an error."""
     path = config.train.teacher
-    assert path is not None
+    if path is None:
+        return None
     state = load_checkpoint(path)
     theirs = Config().inherit(state["config"], CHECKPOINT_KEYS)
     teacher = place(load_model(state), device)

@@ -511,17 +511,8 @@ def test_a_network_that_knows_nothing_else_is_asked_all_the_same():
 def test_weights_that_ship_are_small_and_find_nuclei(path):
     assert path.stat().st_size <= 20e6
     image, labels = draw_sample(3, (192, 192), "fluorescence")
-    found = load_segmenter([path], Config())(image)
-    assert average_precision(labels, found, [0.5])[0] > 0.6
-
-
-# What ships
-
-
-@pytest.mark.parametrize("path", sorted(DEFAULT_WEIGHTS.parent.glob("*.pkl")), ids=lambda path: path.stem)
-def test_weights_that_ship_are_small_and_find_what_is_drawn(path):
-    assert path.stat().st_size <= 20e6
-    segmenter = load_segmenter([path], Config(valid=Valid(test_time_augment=())))
+    segmenter = load_segmenter([path], Config())
     assert segmenter.opinion is not None
-    pictures = (draw_sample(seed, (128, 128), "fluorescence") for seed in (1, 2))
-    assert np.mean([average_precision(labels, segmenter(image))[0] for image, labels in pictures]) > 0.7
+    assert average_precision(labels, segmenter(image), [0.5])[0] > 0.6
+    others = (draw_sample(seed, (128, 128), "fluorescence") for seed in (1, 2))
+    assert np.mean([average_precision(labels, segmenter(image))[0] for image, labels in others]) > 0.7
