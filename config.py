@@ -256,26 +256,26 @@ class Pre(Section):
     random_crop: bool = True
     flip: bool = True
     rotate: bool = True
-    min_scale: float = Field(0.55, gt=0)
-    max_scale: float = Field(2.0, gt=0)
+    min_scale: float = Field(0.75, gt=0)
+    max_scale: float = Field(1.4, gt=0)
     nucleus_diameter: float = Field(28.0, ge=0)
     equal_size: bool = False
     aspect: float = Field(0.25, ge=0, lt=1)
     elastic_distortion: bool = True
-    color_invert: bool = True
+    color_invert: bool = False
     color_jitter: bool = True
     color_equalize: bool = False
     gray: bool = True
-    color_space_shift: bool = True
-    channel_shuffle: bool = True
+    color_space_shift: bool = False
+    channel_shuffle: bool = False
     paste_nuclei: bool = False
-    fade_nuclei: bool = True
+    fade_nuclei: bool = False
     stain_shift: bool = True
     recolor: bool = True
     style_mix: bool = False
     illumination: bool = True
-    blur: bool = True
-    add_noise: bool = True
+    blur: bool = False
+    add_noise: bool = False
     fill_holes: bool = False
     min_object_size: int = Field(0, ge=0)
 
@@ -373,7 +373,7 @@ class Download(Section):
 _BEFORE: dict[str, Any] = {
     "pre.nucleus_diameter": 0.0,
     "train.drawn_share": 0.0,
-    **dict.fromkeys(("pre.fade_nuclei", "pre.stain_shift", "pre.recolor", "pre.illumination", "pre.blur"), False),
+    **dict.fromkeys(("pre.stain_shift", "pre.recolor", "pre.illumination"), False),
 }
 
 

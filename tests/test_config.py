@@ -430,9 +430,9 @@ def test_edit_ini_changes_one_value_and_no_other_line(text, wanted):
 
 def test_a_checkpoint_from_before_a_setting_keeps_what_it_was_trained_with():
     saved = Config().to_dict()
-    del saved["pre"]["nucleus_diameter"], saved["pre"]["blur"]
+    del saved["pre"]["nucleus_diameter"], saved["pre"]["recolor"]
     assert Config().inherit(saved).pre.nucleus_diameter == 0
-    assert not Config().inherit(saved).pre.blur
-    asked = Config(user_set=frozenset({"pre.blur"}))
-    assert asked.inherit(saved).pre.blur
+    assert not Config().inherit(saved).pre.recolor
+    asked = Config(user_set=frozenset({"pre.recolor"}))
+    assert asked.inherit(saved).pre.recolor
     assert Config().suggest({"param.threshold": 0.3}).pre.nucleus_diameter == Config().pre.nucleus_diameter
