@@ -283,7 +283,7 @@ CLOCKS = """
 from pathlib import Path
 from types import SimpleNamespace
 import time, parallel, trainer, test_parallel
-with parallel.joined():
+def race():  # the trainer must be gone before its processes part: what is left of it may abort them at their end
     rate = 1 + 4 * parallel.rank()
     trainer.time = SimpleNamespace(monotonic=lambda: rate * time.monotonic())
     sections = test_parallel.merged(test_parallel.ALIKE, param={"model": "unet"})
@@ -291,6 +291,8 @@ with parallel.joined():
     one.stretch = test_parallel.Stretch(0, 0, minutes=0.05)
     one.run(None)
     Path(sys.argv[2], f"{parallel.rank()}.txt").write_text(f"{one.step} {one.stretch.elapsed}")
+with parallel.joined():
+    race()
 """
 
 
