@@ -15,11 +15,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import t
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ablation import SIDES, draw
 
 from score import read_scores
 
@@ -48,7 +49,6 @@ PARTS = {
 }
 #: Which parts of the first training are on; the next one's are moved on by one, the last training has none.
 FIRST = "++-+++---+-"
-SIDES = ("known", "unknown")
 
 
 def make_design() -> NDArray[np.bool_]:
@@ -72,28 +72,24 @@ def find_margin(effects: NDArray[np.float64]) -> float:
 
 def main(target: str, prefix: str) -> None:
     design = make_design()
-    figure = Figure((8, 5), 110, layout="constrained")
-    ax = figure.subplots()
-    columns = []
-    for i, side in enumerate(SIDES):
+    columns, intervals = [], []
+    for side in SIDES:
         tables = [read_scores(Path(f"{prefix}{number}") / side / "iou.csv") for number in range(len(design))]
         means = np.array([np.mean(list(scores.values())) for scores in tables])
         effects = np.array([means[on].mean() - means[~on].mean() for on in design.T])
         margin = find_margin(effects)
         print(f"{side}: trainings {means.min():.4f} to {means.max():.4f}, margin {margin:.4f}")
         columns.append([f"{effect:+.4f}" for effect in effects])
-        y = np.arange(len(effects)) + 0.3 * i
-        ax.errorbar(effects, y, xerr=margin, fmt="o", color=f"C{i}", capsize=3)
+        intervals.append(np.stack([effects, effects - margin, effects + margin], axis=1))
     for part, *cells in zip(PARTS, *columns, strict=True):
         print(f"| {part} | {' | '.join(cells)} |")
-    ax.axvline(0, color="gray", linewidth=0.8)
-    ax.set(yticks=np.arange(len(PARTS)) + 0.15, yticklabels=list(PARTS))
-    ax.set(xlabel="mean AP with it, less without; blue: known kinds, orange: unknown")
-    ax.invert_yaxis()
-    figure.savefig(target)
+    draw(target, list(PARTS), intervals, (8, 5), "mean AP with it, less without")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (1, 3):
+    if len(sys.argv) == 1:
+        print_settings()
+    elif len(sys.argv) == 3:
+        main(*sys.argv[1:])
+    else:
         sys.exit(__doc__)
-    main(*sys.argv[1:]) if len(sys.argv) == 3 else print_settings()
