@@ -296,6 +296,17 @@ def expected_quality(
     return quality[1:]
 
 
+def promise(probs: Probs, post: Post, thresholds: Mapping[str, float], opinion: Opinion | None) -> float:
+    """What the nuclei that `instances` makes of the same are worth together, see `separate_forest`.
+
+    0 where they are not chosen by an opinion.
+    """
+    if not post.segmentation or _choose(post, probs, opinion)[1] != "forest":
+        return 0.0
+    picked, expected = separate_forest(_above(probs, thresholds, "semantic"), probs, post, opinion)
+    return float((expected[np.unique(picked[picked > 0])] - post.min_quality).sum())
+
+
 #: (mask, markers, probs) -> labels
 POLICIES: dict[str, Callable[[Mask, Labels, Probs], Labels]] = {
     "ws": separate_watershed,

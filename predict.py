@@ -27,7 +27,7 @@ from labels import pile, typical_diameter
 from model import load_model, memory_format, place
 from mosaic import PADDING, Mosaic, Read, busiest, needs_tiles
 from network import HEAD_CHANNELS, Network
-from postprocess import clean, expected_quality, heads_read, instances, merge, merged_thresholds, survey
+from postprocess import clean, expected_quality, heads_read, instances, merge, merged_thresholds, promise, survey
 from tile import cut_blocks, join, round_zoom
 from view import View, combine, show, undo, unzoom_maps, zoom_image
 
@@ -41,6 +41,8 @@ ZOOM_RANGE = (0.6, 2.0)
 #: An image that wants a zoom between these stays as it is: networks are trained on many sizes, and among those nothing
 #: is gained (docs/ablation.md).
 NOT_WORTH = (0.45, 1.75)
+#: Of what the first look promised, as much as the nuclei of a zoomed image have to promise; else it stays as it is.
+LEAST_KEPT = 0.75
 #: An image of more tiles than that is not looked at as a whole to find its zoom, but in as many samples.
 N_LOOKS = 9
 #: Side of a tile (px) where the settings never want one, and there must be one; overlap of the tiles of a detector.
@@ -170,9 +172,23 @@ class Segmenter:
         return self.merge(self.members(image))
 
     def members(self, image: NDArray[np.uint8]) -> list[Maps]:
-        """As `probs`, of each network."""
+        """As `probs`, of each network.
+
+        An image whose zoom was a mistake, by what the second opinion expects of its nuclei, is seen once more as it is.
+        """
         zoom, seen = self._look(image)
-        return self._see(image, zoom, self.config.valid, seen)
+        if zoom == 1:
+            return self._see(image, 1.0, self.config.valid, seen)
+        members = self._see(image, zoom, self.config.valid)
+        if seen and self._promise(members) < LEAST_KEPT * self._promise(seen):
+            return self._see(image, 1.0, self.config.valid, seen)
+        return members
+
+    def _promise(self, members: Sequence[Maps]) -> float:
+        """See `postprocess.promise`."""
+        probs, config = self.merge(members), self.config
+        thresholds = merged_thresholds(probs, config.thresholds, config.valid.ensemble)
+        return promise(probs, config.post, thresholds, self.opinion and self.opinion.judge)
 
     def _see(self, image: NDArray[np.uint8], zoom: float, valid: Valid, seen: Seen = ()) -> list[Maps]:
         """As `members`, at a zoom; in tiles where the enlarged image with its border is larger than one."""
@@ -231,22 +247,23 @@ class Segmenter:
         return merge(members, self.config.thresholds, valid.ensemble, weights)
 
     def zoom(self, image: NDArray[np.uint8]) -> float:
-        """How many times to enlarge an (H, W, 3) uint8 image, so that its nuclei are of the size networks know best.
+        """How many times to enlarge an (H, W, 3) uint8 image, so that its nuclei are of the size networks know best, as
+        far as a first look can tell; `members` may know better.
 
         A first look, one view of the image as it is, tells the typical diameter; 1 where it finds no nucleus.
         """
         return self._look(image)[0]
 
     def _look(self, image: NDArray[np.uint8]) -> tuple[float, Seen]:
-        """The zoom, and what the first look has seen already of what is asked for: the first view, where it is 1."""
+        """The zoom, and what the first look has seen of the image as it is: its first view; nothing where it looked at
+        samples, or not at all."""
         if not self.config.pre.nucleus_diameter or not self.config.valid.pred_orig_size:
             return 1.0, ()
         shape, side = image.shape[:2], self.config.valid.tile
         if side and shape[0] * shape[1] > N_LOOKS * side**2:
             return self.fit(typical_diameter(self.look_around(lambda window: image[window.slices], shape))), ()
         seen = self._see_once(image)
-        zoom = self.fit(typical_diameter(self.separate(self.merge(seen))))
-        return zoom, seen if zoom == 1 else ()
+        return self.fit(typical_diameter(self.separate(self.merge(seen)))), seen
 
     def look_around(self, read: Read, shape: tuple[int, int]) -> NDArray[np.int32]:
         """The instances of samples of a large image, as one label map: where it differs most from place to place."""

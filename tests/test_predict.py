@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from candidate import FEATURES
 from config import Config, Valid
 from helper import DEFAULT_WEIGHTS, save_checkpoint
 from labels import overlap_table, split_fragments
@@ -304,6 +306,29 @@ def test_nuclei_far_from_the_wanted_size_are_brought_to_it(radius, zoom):
     assert toy.seen[-1].shape[-2] == pytest.approx(100 * zoom, rel=0.03)  # the second look, after the first
     assert labels.shape == probs["semantic"].shape == (100, 120)
     assert labels.max() == 1 and (labels > 0).sum() == pytest.approx((image[..., 0] > 0).sum(), rel=0.05)
+
+
+class Trusting:
+    """A second opinion that expects as much as the network is sure."""
+
+    def judge(self, features):
+        return features[:, FEATURES.index("semantic")]
+
+
+@pytest.mark.parametrize(("sure", "stays"), [(1.0, False), (0.8, False), (0.2, True)])
+def test_an_image_whose_zoom_promises_far_less_stays_as_it_is(sure, stays):
+    def weaker_where_enlarged(x):
+        return brightness(x) * (sure if x.shape[-1] > 120 else 1.0)
+
+    y, x = np.indices((100, 120))
+    image = np.where(np.hypot(y - 50, x - 60) <= 5, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
+    toy = Toy(semantic=weaker_where_enlarged, marker=brightness)
+    config = Config.model_validate({"valid": ONCE, "pre": {"nucleus_diameter": 26}})
+    segmenter = Segmenter([toy], config, CPU, torch.float32, opinion=Trusting())
+    as_it_is = config.model_copy(update={"pre": config.pre.model_copy(update={"nucleus_diameter": 0.0})})
+    expected = replace(segmenter, config=as_it_is).probs(image)["semantic"]
+    assert segmenter.zoom(image) == 2
+    assert np.allclose(segmenter.probs(image)["semantic"], expected, atol=1e-6) == stays
 
 
 @pytest.mark.parametrize("views", [(), ("dihedral",), ("flips*scales",)])
