@@ -261,9 +261,22 @@ class Segmenter:
             return 1.0, ()
         shape, side = image.shape[:2], self.config.valid.tile
         if side and shape[0] * shape[1] > N_LOOKS * side**2:
-            return self.fit(typical_diameter(self.look_around(lambda window: image[window.slices], shape))), ()
+            return self.zoom_of(lambda window: image[window.slices], shape)[0], ()
         seen = self._see_once(image)
         return self.fit(typical_diameter(self.separate(self.merge(seen)))), seen
+
+    def zoom_of(self, read: Read, shape: tuple[int, int]) -> tuple[float, NDArray[np.int32]]:
+        """As `zoom`, of a large image, by samples, unless they say that it was a mistake, as in `members`; and what
+        the first look found there, as one label map."""
+        labels = self.look_around(read, shape)
+        zoom = self.fit(typical_diameter(labels))
+        if zoom == 1 or self.opinion is None:
+            return zoom, labels
+        first, zoomed = 0.0, 0.0
+        for sample in self._samples(read, shape):
+            first += self._promise(self._see_once(sample))
+            zoomed += self._promise(self._see(sample, zoom, self.config.valid))
+        return 1.0 if zoomed < LEAST_KEPT * first else zoom, labels
 
     def look_around(self, read: Read, shape: tuple[int, int]) -> NDArray[np.int32]:
         """The instances of samples of a large image, as one label map: where it differs most from place to place."""

@@ -34,7 +34,7 @@ from candidate import Scene
 from detector import MaskRCNN
 from files import is_filled, replacing
 from helper import fingerprint
-from labels import typical_area, typical_diameter
+from labels import typical_area
 from mosaic import Maps, Mosaic
 from predict import Segmenter
 from slide import Slide
@@ -384,8 +384,8 @@ def make_plan(slide: Slide, segmenter: Segmenter, part: Path, key: str) -> dict[
         if plan["key"] != key:
             raise ValueError(f"{part}: an unfinished run of another image or with other settings; finish or delete it")
         return plan
-    labels, post = segmenter.look_around(slide.read, slide.shape), segmenter.config.post
-    zoom = round_zoom(segmenter.fit(typical_diameter(labels)))
+    found, labels = segmenter.zoom_of(slide.read, slide.shape)
+    zoom, post = round_zoom(found), segmenter.config.post
     least = max(post.min_object_size, round(post.min_object_share * typical_area(labels)))
     plan = {"generator": GENERATOR, "key": key, "image": str(slide.path), "shape": slide.shape}
     scene = segmenter.scene_of(slide.read, slide.shape, float(zoom))

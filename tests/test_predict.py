@@ -316,18 +316,20 @@ class Trusting:
 
 
 @pytest.mark.parametrize(("sure", "stays"), [(1.0, False), (0.8, False), (0.2, True)])
-def test_an_image_whose_zoom_promises_far_less_stays_as_it_is(sure, stays):
-    def weaker_where_enlarged(x):
-        return brightness(x) * (sure if x.shape[-1] > 120 else 1.0)
+@pytest.mark.parametrize("tile", [0, 64])
+def test_an_image_whose_zoom_promises_far_less_stays_as_it_is(sure, stays, tile):
+    """Of a huge one, samples are asked."""
 
-    y, x = np.indices((100, 120))
-    image = np.where(np.hypot(y - 50, x - 60) <= 5, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
+    def weaker_where_enlarged(x):
+        return brightness(x) * (sure if ((x > 0) & (x < 1)).any() else 1.0)
+
+    y, x = np.indices((400, 400)) % 40
+    image = np.where(np.hypot(y - 20, x - 20) <= 5, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
     toy = Toy(semantic=weaker_where_enlarged, marker=brightness)
-    config = Config.model_validate({"valid": ONCE, "pre": {"nucleus_diameter": 26}})
+    config = Config.model_validate({"valid": {**ONCE, "tile": tile}, "pre": {"nucleus_diameter": 26}})
     segmenter = Segmenter([toy], config, CPU, torch.float32, opinion=Trusting())
     as_it_is = config.model_copy(update={"pre": config.pre.model_copy(update={"nucleus_diameter": 0.0})})
     expected = replace(segmenter, config=as_it_is).probs(image)["semantic"]
-    assert segmenter.zoom(image) == 2
     assert np.allclose(segmenter.probs(image)["semantic"], expected, atol=1e-6) == stays
 
 
