@@ -288,23 +288,32 @@ def expected_quality(
 
     None where they were not chosen by it.
     """
-    if not post.segmentation or _choose(post, probs, opinion)[1] != "forest":
+    if (chosen := _chosen(probs, post, thresholds, opinion)) is None:
         return None
-    picked, expected = separate_forest(_above(probs, thresholds, "semantic"), probs, post, opinion)
+    picked, expected = chosen
     quality = np.zeros(int(labels.max(initial=0)) + 1, np.float32)
     np.maximum.at(quality, labels.ravel(), expected[picked].ravel())
     return quality[1:]
 
 
 def promise(probs: Probs, post: Post, thresholds: Mapping[str, float], opinion: Opinion | None) -> float:
-    """What the nuclei that `instances` makes of the same are worth together, see `separate_forest`.
+    """What the nuclei that `instances` chooses, before it removes any, are worth together, see `separate_forest`.
 
-    0 where they are not chosen by an opinion.
+    0 where no opinion chooses them.
     """
-    if not post.segmentation or _choose(post, probs, opinion)[1] != "forest":
+    if (chosen := _chosen(probs, post, thresholds, opinion)) is None:
         return 0.0
-    picked, expected = separate_forest(_above(probs, thresholds, "semantic"), probs, post, opinion)
+    picked, expected = chosen
     return float((expected[np.unique(picked[picked > 0])] - post.min_quality).sum())
+
+
+def _chosen(
+    probs: Probs, post: Post, thresholds: Mapping[str, float], opinion: Opinion | None
+) -> tuple[Labels, NDArray[np.float32]] | None:
+    """As `separate_forest` gives it; None where `instances` goes another way."""
+    if not post.segmentation or _choose(post, probs, opinion)[1] != "forest":
+        return None
+    return separate_forest(_above(probs, thresholds, "semantic"), probs, post, opinion)
 
 
 #: (mask, markers, probs) -> labels

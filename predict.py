@@ -41,7 +41,8 @@ ZOOM_RANGE = (0.6, 2.0)
 #: An image that wants a zoom between these stays as it is: networks are trained on many sizes, and among those nothing
 #: is gained (docs/ablation.md).
 NOT_WORTH = (0.45, 1.75)
-#: Of what the first look promised, as much as the nuclei of a zoomed image have to promise; else it stays as it is.
+#: Of what the first look promised, as much as the nuclei of a zoomed image have to promise; else it stays as it is. Any
+#: share from 0.3 to 0.9 decided the same (docs/ablation.md).
 LEAST_KEPT = 0.75
 #: An image of more tiles than that is not looked at as a whole to find its zoom, but in as many samples.
 N_LOOKS = 9
@@ -177,12 +178,11 @@ class Segmenter:
         An image whose zoom was a mistake, by what the second opinion expects of its nuclei, is seen once more as it is.
         """
         zoom, seen = self._look(image)
-        if zoom == 1:
-            return self._see(image, 1.0, self.config.valid, seen)
-        members = self._see(image, zoom, self.config.valid)
-        if seen and self._promise(members) < LEAST_KEPT * self._promise(seen):
-            return self._see(image, 1.0, self.config.valid, seen)
-        return members
+        if zoom != 1:
+            members = self._see(image, zoom, self.config.valid)
+            if self.opinion is None or not seen or self._promise(members) >= LEAST_KEPT * self._promise(seen):
+                return members
+        return self._see(image, 1.0, self.config.valid, seen)
 
     def _promise(self, members: Sequence[Maps]) -> float:
         """See `postprocess.promise`."""
@@ -209,7 +209,7 @@ class Segmenter:
         shape : (int, int)
             Of the image.
         zoom : float
-            As `zoom` gives it; rounded to one that tiles can have.
+            How many times to enlarge it; rounded to one that tiles can have.
         """
         valid = valid or self.config.valid
         stride = lcm(*(network.stride for network in self.networks))
@@ -247,10 +247,10 @@ class Segmenter:
         return merge(members, self.config.thresholds, valid.ensemble, weights)
 
     def zoom(self, image: NDArray[np.uint8]) -> float:
-        """How many times to enlarge an (H, W, 3) uint8 image, so that its nuclei are of the size networks know best, as
-        far as a first look can tell; `members` may know better.
+        """How many times to enlarge an (H, W, 3) uint8 image, so that its nuclei are of the size networks know best.
 
-        A first look, one view of the image as it is, tells the typical diameter; 1 where it finds no nucleus.
+        A first look, one view of the image as it is, tells the typical diameter; 1 where it finds no nucleus. `members`
+        asks the second opinion whether it was right; of a huge image `zoom_of` has done so.
         """
         return self._look(image)[0]
 
@@ -262,27 +262,24 @@ class Segmenter:
         shape, side = image.shape[:2], self.config.valid.tile
         if side and shape[0] * shape[1] > N_LOOKS * side**2:
             return self.zoom_of(lambda window: image[window.slices], shape)[0], ()
-        seen = self._see_once(image)
-        return self.fit(typical_diameter(self.separate(self.merge(seen)))), seen
+        labels, seen = self._first_look(image)
+        return self.fit(typical_diameter(labels)), seen
 
     def zoom_of(self, read: Read, shape: tuple[int, int]) -> tuple[float, NDArray[np.int32]]:
         """As `zoom`, of a large image, by samples, unless they say that it was a mistake, as in `members`; and what
         the first look found there, as one label map."""
-        labels = self.look_around(read, shape)
+        samples = list(self._samples(read, shape))
+        looks = [self._first_look(sample) for sample in samples]
+        labels = pile([found for found, _ in looks])
         zoom = self.fit(typical_diameter(labels))
         if zoom == 1 or self.opinion is None:
             return zoom, labels
-        first, zoomed = 0.0, 0.0
-        for sample in self._samples(read, shape):
-            first += self._promise(self._see_once(sample))
-            zoomed += self._promise(self._see(sample, zoom, self.config.valid))
-        return 1.0 if zoomed < LEAST_KEPT * first else zoom, labels
-
-    def look_around(self, read: Read, shape: tuple[int, int]) -> NDArray[np.int32]:
-        """The instances of samples of a large image, as one label map: where it differs most from place to place."""
-        return pile([self._first_look(sample) for sample in self._samples(read, shape)])
+        first = sum(self._promise(seen) for _, seen in looks)
+        zoomed = sum(self._promise(self._see(sample, zoom, self.config.valid)) for sample in samples)
+        return zoom if zoomed >= LEAST_KEPT * first else 1.0, labels
 
     def _samples(self, read: Read, shape: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
+        """Parts of a large image: where it differs most from place to place."""
         valid = self.config.valid
         side = valid.tile or TILE
         return busiest(read, shape, max(side - 2 * valid.border, side // 2), N_LOOKS)
@@ -297,14 +294,12 @@ class Segmenter:
         scene = survey(samples, config.post, thresholds)
         return scene if len(scene.areas) else None
 
-    def _first_look(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """The instances of an (H, W, 3) uint8 image as it is, from one view of it."""
+    def _first_look(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], Seen]:
+        """The instances of an (H, W, 3) uint8 image as it is, from one view of it; and that view, but of a detector."""
         if isinstance(self.networks[0], MaskRCNN):
-            return self.predict(image)[0]
-        return self.separate(self.merge(self._see_once(image)))
-
-    def _see_once(self, image: NDArray[np.uint8]) -> list[Maps]:
-        return self._see(image, 1.0, self.config.valid.model_copy(update={"test_time_augment": ()}))
+            return self.predict(image)[0], ()
+        seen = self._see(image, 1.0, self.config.valid.model_copy(update={"test_time_augment": ()}))
+        return self.separate(self.merge(seen)), seen
 
     def fit(self, diameter: float) -> float:
         """How many times to enlarge an image whose typical nucleus is of that diameter (px); 1 where that is close to

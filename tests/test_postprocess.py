@@ -11,7 +11,16 @@ from candidate import FEATURES
 from config import Post
 from labels import color
 from metric import average_precision
-from postprocess import MARKERS, POLICIES, candidates, expected_quality, heads_read, instances, separate_walker
+from postprocess import (
+    MARKERS,
+    POLICIES,
+    candidates,
+    expected_quality,
+    heads_read,
+    instances,
+    promise,
+    separate_walker,
+)
 from synthetic import draw_sample
 from target import make_targets
 
@@ -412,6 +421,16 @@ def test_each_instance_has_the_quality_that_was_expected_of_it():
     assert expected_quality(labels, probs, Post(), HALF, None) is None
     nothing = {head: np.zeros_like(value) for head, value in probs.items()}
     assert expected_quality(labels * 0, nothing, Post(), HALF, opinion).shape == (0,)
+
+
+def test_a_promise_is_what_all_chosen_nuclei_are_worth():
+    probs, _ = two_disks()
+    certain = likes("log_atoms", 0)
+    assert instances(probs, Post(min_quality=0.25), HALF, certain).max() == 2
+    assert promise(probs, Post(min_quality=0.25), HALF, certain) == pytest.approx(2 * (1 - 0.25))
+    assert promise(probs, Post(policy="ws"), HALF, certain) == promise(probs, Post(), HALF, None) == 0
+    nothing = {head: np.zeros_like(value) for head, value in probs.items()}
+    assert promise(nothing, Post(), HALF, certain) == 0
 
 
 @every_policy

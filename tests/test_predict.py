@@ -317,20 +317,22 @@ class Trusting:
 
 @pytest.mark.parametrize(("sure", "stays"), [(1.0, False), (0.8, False), (0.2, True)])
 @pytest.mark.parametrize("tile", [0, 64])
-def test_an_image_whose_zoom_promises_far_less_stays_as_it_is(sure, stays, tile):
-    """Of a huge one, samples are asked."""
+def test_an_image_whose_zoom_promises_far_less_stays_as_it_is(sure, stays, tile, monkeypatch):
+    """Of a huge one, samples are asked. Then all views of it are averaged, not the first look alone."""
+    monkeypatch.setattr("mosaic.PROBE", 64)  # so that several samples fit into it
 
     def weaker_where_enlarged(x):
         return brightness(x) * (sure if ((x > 0) & (x < 1)).any() else 1.0)
 
-    y, x = np.indices((400, 400)) % 40
+    y, x = np.indices((240, 240)) % 40
     image = np.where(np.hypot(y - 20, x - 20) <= 5, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
-    toy = Toy(semantic=weaker_where_enlarged, marker=brightness)
-    config = Config.model_validate({"valid": {**ONCE, "tile": tile}, "pre": {"nucleus_diameter": 26}})
+    toy = Toy(semantic=weaker_where_enlarged, marker=brightness, contour=ramp)
+    valid = {"test_time_augment": ("flips",), "border": 0, "tile": tile, "tile_overlap": 16}
+    config = Config.model_validate({"valid": valid, "pre": {"nucleus_diameter": 26}})
     segmenter = Segmenter([toy], config, CPU, torch.float32, opinion=Trusting())
     as_it_is = config.model_copy(update={"pre": config.pre.model_copy(update={"nucleus_diameter": 0.0})})
-    expected = replace(segmenter, config=as_it_is).probs(image)["semantic"]
-    assert np.allclose(segmenter.probs(image)["semantic"], expected, atol=1e-6) == stays
+    expected, found = replace(segmenter, config=as_it_is).probs(image), segmenter.probs(image)
+    assert all(np.allclose(found[head], expected[head], atol=1e-6) for head in toy.heads) == stays
 
 
 @pytest.mark.parametrize("views", [(), ("dihedral",), ("flips*scales",)])

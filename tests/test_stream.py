@@ -111,6 +111,15 @@ def test_a_slide_is_brought_to_size_as_an_image_is(tmp_path):
     assert same_nuclei(found, network(tifffile.imread(path)))
 
 
+def test_a_slide_whose_zoom_promises_far_less_stays_as_it_is(tmp_path, monkeypatch):
+    slide = open_slide(write(tmp_path / "a.tif", scene()))
+    monkeypatch.setattr(Segmenter, "_promise", lambda self, members: 1.0)
+    for least, zoom in [(0.9, "2"), (1.1, "1")]:  # a sample promises as much at either size
+        monkeypatch.setattr("predict.LEAST_KEPT", least)
+        plan = stream.make_plan(slide, segmenter(28, Large()), tmp_path / zoom, "key")
+        assert plan["zoom"] == zoom
+
+
 def test_an_opinion_sees_a_block_against_the_whole_slide(tmp_path, monkeypatch):
     """A speck is all that its block holds, and is still a speck."""
     monkeypatch.setattr("mosaic.PROBE", 64)  # so that several samples fit into a small slide
@@ -217,7 +226,7 @@ def test_each_tile_is_computed_once(tmp_path, monkeypatch):
         return tile(self, index)
 
     run(tmp_path / "one", path)  # the first look goes over tiles of its own
-    monkeypatch.setattr(stream.Segmenter, "look_around", lambda self, read, shape: np.zeros((1, 1), np.int32))
+    monkeypatch.setattr(stream.Segmenter, "zoom_of", lambda self, read, shape: (1.0, np.zeros((1, 1), np.int32)))
     monkeypatch.setattr("mosaic.Mosaic.tile", counting)
     run(tmp_path / "two", path)
     assert len(indices) == len(set(indices)) > 9
