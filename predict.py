@@ -18,7 +18,7 @@ from torch import Tensor
 
 from candidate import Scene
 from confidence import Opinion
-from config import CHECKPOINT_KEYS, Config, Valid
+from config import CHECKPOINT_KEYS, Config, Post, Valid
 from detector import MaskRCNN
 from engine import LEAST_IMAGES, CompiledNetwork, compile_network, is_installed
 from footprint import measure_reach
@@ -27,6 +27,7 @@ from labels import pile, typical_diameter
 from model import load_model, memory_format, place
 from mosaic import PADDING, Mosaic, Read, busiest, needs_tiles
 from network import HEAD_CHANNELS, Network
+from postprocess import Opinion as Judge
 from postprocess import clean, expected_quality, heads_read, instances, merge, merged_thresholds, promise, survey
 from tile import cut_blocks, join, round_zoom
 from view import View, combine, show, undo, unzoom_maps, zoom_image
@@ -186,9 +187,8 @@ class Segmenter:
 
     def _promise(self, members: Sequence[Maps]) -> float:
         """See `postprocess.promise`."""
-        probs, config = self.merge(members), self.config
-        thresholds = merged_thresholds(probs, config.thresholds, config.valid.ensemble)
-        return promise(probs, config.post, thresholds, self.opinion and self.opinion.judge)
+        probs = self.merge(members)
+        return promise(probs, *self._rules(probs))
 
     def _see(self, image: NDArray[np.uint8], zoom: float, valid: Valid, seen: Seen = ()) -> list[Maps]:
         """As `members`, at a zoom; in tiles where the enlarged image with its border is larger than one."""
@@ -314,18 +314,20 @@ class Segmenter:
 
     def separate(self, probs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int32]:
         """The instances of probability maps by the rules of the settings, (H, W) int32."""
-        config = self.config
-        thresholds = merged_thresholds(probs, config.thresholds, config.valid.ensemble)
-        return instances(probs, config.post, thresholds, self.opinion and self.opinion.judge, self.scene)
+        return instances(probs, *self._rules(probs), self.scene)
 
     def quality(
         self, labels: NDArray[np.int32], probs: Mapping[str, NDArray[np.float32]]
     ) -> NDArray[np.float32] | None:
         """What is expected of the instances 1..N that `separate` has made, (N,) float32 in [0, 1]; None where no second
         opinion has chosen them."""
+        return expected_quality(labels, probs, *self._rules(probs))
+
+    def _rules(self, probs: Mapping[str, NDArray[np.float32]]) -> tuple[Post, Mapping[str, float], Judge | None]:
+        """What nuclei are separated by, beside the maps: settings, thresholds and opinion."""
         config = self.config
         thresholds = merged_thresholds(probs, config.thresholds, config.valid.ensemble)
-        return expected_quality(labels, probs, config.post, thresholds, self.opinion and self.opinion.judge)
+        return config.post, thresholds, self.opinion and self.opinion.judge
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an image, (H, W) int32."""
