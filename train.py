@@ -63,7 +63,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     device = pick_device(config.train.device)
     torch.manual_seed(config.train.seed)
     model = place(build_model(config.param.model, **model_options(config)), device)
-    precision = _pick_precision(config, device, state, model)
+    precision = _pick_precision(config, device, state)
     if state is None:
         fresh = _initialize(model, args.init) if args.init else list(model.state_dict())
         _load_encoder(model, config, fresh)
@@ -164,11 +164,11 @@ def _inherit(config: Config, args: argparse.Namespace, state: dict | None) -> tu
     return config, (before["n_epoch"], before["minutes"]) != (config.train.n_epoch, config.train.minutes)
 
 
-def _pick_precision(config: Config, device: torch.device, state: dict | None, model: Network) -> torch.dtype:
+def _pick_precision(config: Config, device: torch.device, state: dict | None) -> torch.dtype:
     """As `pick_precision`, but a run that is resumed on such a device keeps the one it found."""
     if state is not None and config.train.precision == "auto" and state["device"] == device.type:
         return getattr(torch, state["precision"])
-    return pick_precision(config.train.precision, device, [model])
+    return pick_precision(config.train.precision, device)
 
 
 def _read_all(

@@ -69,7 +69,7 @@ def step(inputs: Inputs) -> Row:
     config, loader = _loader(inputs, n_steps=1)
     once = Repeated(loader, 1)
     network = build_model(MODEL)
-    precision = pick_precision("auto", CPU, [place(copy.deepcopy(network), CPU)])
+    precision = pick_precision("auto", CPU)
     wanted = 2.2 if inputs.machine.has_bfloat16 else 0.0
     name = str(precision).removeprefix("torch.")
     return Row(
@@ -93,7 +93,7 @@ def rate(inputs: Inputs) -> Row:
     for number in loader.dataset.drawn_numbers(0):  # as the first epochs leave them
         draw_once(number, config.pre.policy)
     network = build_model(MODEL)
-    precision = pick_precision("auto", CPU, [place(copy.deepcopy(network), CPU)])
+    precision = pick_precision("auto", CPU)
     return Row(
         f"{N_RATE_STEPS} training steps of {MODEL} from cached images, against as many on a batch that is there",
         plain=_training(copy.deepcopy(network), Repeated(loader, N_RATE_STEPS), still, precision),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import helper
 from helper import (
     CHECKPOINT_FORMAT,
+    DepthwiseGradients,
     Meter,
     autocast,
     find_checkpoint,
@@ -275,6 +278,52 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu(monkeypatch):
     plain, depthwise = (torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=groups)) for groups in (1, 4))
     assert pick_precision("auto", torch.device("cpu"), [plain]) is torch.bfloat16
     assert pick_precision("auto", torch.device("cpu"), [plain, depthwise]) is torch.float32
+
+
+class Gradients(TorchDispatchMode):
+    """Notes the types in which gradients of convolutions are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.types.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size, stride", [(3, 1), (5, 2)])
+def test_gradients_of_depthwise_convolutions_are_computed_in_float32(size, stride, bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(4, 8, size, stride, padding=size // 2, groups=4, bias=bias)
+    image = torch.randn(2, 4, 12, 12, requires_grad=True)
+
+    def gradients(mode):
+        with Gradients() as seen:
+            with autocast(CPU, torch.bfloat16), mode:
+                made = layer(image)
+            assert made.dtype == torch.bfloat16
+            return seen.types, torch.autograd.grad((made.float() ** 2).sum(), [image, *layer.parameters()])
+
+    types, as_ever = gradients(contextlib.nullcontext())
+    types_now, now = gradients(DepthwiseGradients())
+    assert (types, types_now) == ([torch.bfloat16], [torch.float32])
+    for a, b in zip(as_ever, now, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+
+
+def test_other_convolutions_are_left_alone(monkeypatch):
+    monkeypatch.setattr(helper._Depthwise, "apply", None)
+    image = torch.randn(1, 4, 6, 6)
+    for layer, enabled in ((torch.nn.Conv2d(4, 4, 3, groups=2), True), (torch.nn.Conv2d(4, 4, 3, groups=4), False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), DepthwiseGradients():
+            layer(image)
+    layer = torch.nn.Conv2d(4, 4, 3, padding="same", groups=4)
+    with autocast(CPU, torch.bfloat16), DepthwiseGradients():
+        assert layer(image).shape == image.shape
 
 
 def test_autocast_is_off_for_float32():
