@@ -22,21 +22,26 @@ def test_an_error_is_no_traceback(tmp_path):
     )
 
 
-def test_scripts_run_in_a_notebook(data, tmp_path):
+def test_the_tour_runs_in_a_notebook(tmp_path):
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
-    options = f"--data {data} --checkpoint-dir {tmp_path / 'c'}"
-    cells = [
-        f"%cd {ROOT}",
-        f"%run train.py --epoch 1 {options} {' '.join(SMALL)}",
-        "%matplotlib inline",
-        f"%run valid.py {options}",
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    nbclient.NotebookClient(notebook, timeout=240).execute()
-    assert (tmp_path / "c" / "latest.pkl").is_file()
-    shown = [output for output in notebook.cells[-1].outputs if output.output_type == "display_data"]
-    assert len(shown) == 2 and all("image/png" in output.data for output in shown)
+    tour = nbformat.read(ROOT / "notebooks" / "tour.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in tour.cells)
+    smaller = {
+        "%cd ..": f"%cd {ROOT}",
+        "data/demo": str(tmp_path / "data" / "demo"),
+        "checkpoint/demo": str(tmp_path / "checkpoint"),
+        "prepare.py demo": f"prepare.py demo --images 8 --data {tmp_path / 'data'}",
+        "--minutes 1": f"--epoch 1 {' '.join(SMALL)}",
+    }
+    for cell in tour.cells:
+        for text, wanted in smaller.items():
+            cell.source = cell.source.replace(text, wanted)
+    nbclient.NotebookClient(tour, timeout=240).execute()
+    assert (tmp_path / "checkpoint" / "latest.pkl").is_file()
+    assert (tmp_path / "data" / "demo" / "predict" / "result.csv").is_file()
+    shown = [sum(output.output_type == "display_data" for output in cell.get("outputs", ())) for cell in tour.cells]
+    assert [n for n in shown if n] == [2, 2]
 
 
 @pytest.mark.parametrize("name", ["lite_camunet", "colorunet", "distunet", "dcan", "msdnet", "maskrcnn"])

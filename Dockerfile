@@ -1,0 +1,12 @@
+# What the toolkit needs, and Jupyter; the toolkit itself is mounted, as the README's "In Jupyter" shows. The wheels of
+# torch bring CUDA, so that the same image runs with and without a GPU.
+FROM python:3.12-slim
+
+COPY requirements.txt /tmp/
+RUN pip install --no-cache-dir --requirement /tmp/requirements.txt jupyterlab
+
+# A user without a name or a home, as docker run --user makes one, can write here.
+ENV HOME=/tmp
+WORKDIR /toolkit
+EXPOSE 8888
+CMD ["jupyter", "lab", "--ip=0.0.0.0", "--no-browser"]
