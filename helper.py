@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import cv2
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 import parallel
@@ -161,51 +162,58 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
-class DepthwiseGradients(TorchFunctionMode):
-    """While it is entered, gradients of depthwise convolutions under autocast are computed in float32 on a CPU.
+def grouped_gradients(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    """Under autocast on a CPU, gradients of grouped convolutions (depthwise ones among them) in float32.
 
-    Those of bfloat16 fall back to slow code where the stride is 2 or the kernel 5 wide: up to 20 times the time of
-    float32 (PyTorch 2.14, oneDNN), more than half of a step of an EfficientNet-Lite. Forward, bfloat16 is the faster.
+    In bfloat16 those of depthwise ones are several times slower where the stride is 2 or the kernel 5 wide
+    (docs/performance.md); the rest of a step is faster.
     """
+    needed = device.type == "cpu" and precision != torch.float32
+    return _GroupedGradients() if needed else nullcontext()
+
+
+class _GroupedGradients(TorchFunctionMode):
+    """While it is entered, grouped convolutions go through `_GroupedConvolution`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return (_conv2d if func is F.conv2d else func)(*args, **(kwargs or {}))
 
 
-def _conv2d(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, stride=1, padding=0, dilation=1, groups: int = 1
-) -> Tensor:
-    """`torch.nn.functional.conv2d`, by `_Depthwise` where that is what it is."""
-    depthwise = input.ndim == 4 and 1 < groups == input.shape[1] and not isinstance(padding, str)
-    if not depthwise or input.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+def _conv2d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups: int = 1) -> Tensor:
+    """`torch.nn.functional.conv2d`; a module hands over tuples, or the name of a padding, which is left alone."""
+    if groups == 1 or not isinstance(padding, tuple) or not torch.is_autocast_enabled("cpu"):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     dtype = torch.get_autocast_dtype("cpu")
     tensors = (None if t is None else t.to(dtype) for t in (input, weight, bias))
-    return _Depthwise.apply(*tensors, *(_pair(size) for size in (stride, padding, dilation)))
+    return _GroupedConvolution.apply(*tensors, stride, padding, dilation, groups)
 
 
-class _Depthwise(torch.autograd.Function):
-    """A convolution a channel; its gradients in float32."""
+class _GroupedConvolution(torch.autograd.Function):
+    """A grouped convolution whose gradients are computed in float32."""
 
     @staticmethod
-    def forward(ctx, input, weight, bias, stride, padding, dilation):
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
         ctx.save_for_backward(input, weight)
-        ctx.shape, ctx.biases = (stride, padding, dilation), None if bias is None else [len(bias)]
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups=input.shape[1])
+        ctx.geometry, ctx.bias_sizes = geometry, None if bias is None else [len(bias)]
+        return F.conv2d(input, weight, bias, *geometry)
 
     @staticmethod
-    def backward(ctx, gradient):
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
         found = torch.ops.aten.convolution_backward(
             *(t.float() for t in (gradient, input, weight)),
-            ctx.biases,
-            *ctx.shape,
+            ctx.bias_sizes,
+            stride,
+            padding,
+            dilation,
             False,
             (0, 0),
-            input.shape[1],
+            groups,
             ctx.needs_input_grad[:3],
         )
-        return *(None if t is None else t.to(input.dtype) for t in found), None, None, None
+        return *(None if t is None else t.to(input.dtype) for t in found), None, None, None, None
 
 
 def prepare_process() -> None:

@@ -30,7 +30,7 @@ from config import Config, Train, pick
 from dataset import Batch, Loader, Piece
 from detector import MaskRCNN
 from encoder import LibraryEncoder
-from helper import DepthwiseGradients, Meter, autocast, save_checkpoint, write_current
+from helper import Meter, autocast, grouped_gradients, save_checkpoint, write_current
 from loss import Criterion, imitate
 from model import memory_format
 from network import Network
@@ -58,7 +58,7 @@ class Learner(nn.Module):
 
     def forward(self, image: Tensor, targets: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Named losses, and the logits they were taken of, without gradient; a detector has none to show."""
-        with autocast(image.device, self.precision), DepthwiseGradients():
+        with autocast(image.device, self.precision), grouped_gradients(image.device, self.precision):
             if isinstance(self.network, MaskRCNN):
                 return self.network.losses(image, targets), {}
             logits = self.network(image)

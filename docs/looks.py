@@ -1,9 +1,9 @@
-"""Score checkpoints on validation images that look as no microscope made them: how much of a score hangs on the look.
+"""Score checkpoints on validation images with noise, blur, uneven light or another stain, the masks as they are.
 
     python docs/looks.py DATA CHECKPOINT [CHECKPOINT ...]
 
-DATA is a data folder; its validation images are predicted, which a config.ini in it may name ([dataset] valid_ids). A
-look is the same for all checkpoints, and an image keeps its masks.
+DATA is a data folder; its validation images are predicted, those of the first checkpoint, which a config.ini in the
+folder may name ([dataset] valid_ids). A look is the same for all checkpoints.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from config import load_config
 from division import recall_side
 from image import Pixels, as_seen, read_image, read_labels
 from light import density, intensity
-from predict import load_segmenter
+from predict import Segmenter, load_segmenter
 from score import score_image
+from stain import is_gray
 
 Image = NDArray[np.uint8]
 Look = Callable[[Image, np.random.Generator], NDArray]
@@ -55,7 +56,7 @@ def fading(image: Image, rng: np.random.Generator) -> NDArray:
 
 
 def bluer(image: Image, rng: np.random.Generator) -> NDArray:
-    """Another stain: hues 28 degrees further to blue, and seven tenths of the saturation."""
+    """Another stain, of what is pink or purple: hues 28 degrees further to blue, seven tenths of the saturation."""
     colors = cv2.cvtColor(image, cv2.COLOR_RGB2HSV).astype(np.int16)
     colors[..., 0] = (colors[..., 0] - 14) % 180
     colors[..., 1] = 0.7 * colors[..., 1]
@@ -74,29 +75,33 @@ LOOKS: dict[str, Look] = {
     "JPEG": jpeg,
     "fading light": fading,
 }
-#: Of coloured images alone.
+#: Of coloured images alone, which are of stained cells on white.
 STAINS: dict[str, Look] = {"stained, as it is": LOOKS["as it is"], "bluer": bluer, "faint": faint}
-
-
-def is_gray(image: Image) -> bool:
-    return not np.ptp(image, axis=2).any()
 
 
 def main(data: str, checkpoints: list[str]) -> None:
     config = load_config(folder=data)
-    segmenters = [load_segmenter([checkpoint], config) for checkpoint in checkpoints]
+    segmenters = [load_segmenter([checkpoint], config).for_labels() for checkpoint in checkpoints]
+    records = recall_side(Path(data), config, segmenters[0].saved, "valid")
+    segmenters = [segmenter.for_many(len(records)) for segmenter in segmenters]
     scores: dict[str, list[list[float]]] = {look: [] for look in (*LOOKS, *STAINS)}
-    for number, record in enumerate(recall_side(Path(data), config, segmenters[0].saved, "valid")):
-        assert record.masks is not None
-        image = read_image(record.image)
+    for number, record in enumerate(records):
+        if record.masks is None:
+            raise ValueError(f"{record.id} has no masks")
+        image = read_image(record.image, *config.pre.policy.stored)
         truth = read_labels(record.masks, image.shape[:2])
         for name, look in (LOOKS if is_gray(image) else LOOKS | STAINS).items():
-            changed = np.clip(look(image, np.random.default_rng(number)), 0, 255).astype(np.uint8)
-            seen = as_seen(Pixels(changed, False), segmenters[0].config.pre.policy, record.id)
-            scores[name].append([score_image(record, truth, each(seen)).mean_precision for each in segmenters])
+            changed = np.rint(np.clip(look(image, np.random.default_rng(number)), 0, 255)).astype(np.uint8)
+            found = [each(see(changed, each, record.id)) for each in segmenters]
+            scores[name].append([score_image(record, truth, labels).mean_precision for labels in found])
     titles = ["look", "images", *(Path(checkpoint).name for checkpoint in checkpoints)]
     means = {name: np.mean(found, axis=0) for name, found in scores.items() if found}
     print(align([titles, *([name, len(scores[name]), *(f"{x:.3f}" for x in mean)] for name, mean in means.items())]))
+
+
+def see(image: Image, segmenter: Segmenter, name: str) -> Image:
+    """What the networks see of it; its channels are chosen already."""
+    return as_seen(Pixels(image, False), segmenter.config.pre.policy._replace(channels=()), name)
 
 
 if __name__ == "__main__":

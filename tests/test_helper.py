@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import helper
 from helper import (
     CHECKPOINT_FORMAT,
-    DepthwiseGradients,
     Meter,
     autocast,
     find_checkpoint,
+    grouped_gradients,
     load_checkpoint,
     make_parser,
     pick_device,
@@ -294,10 +294,10 @@ class Gradients(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("size, stride", [(3, 1), (5, 2)])
-def test_gradients_of_depthwise_convolutions_are_computed_in_float32(size, stride, bias):
+@pytest.mark.parametrize("size, stride, groups", [(3, 1, 4), (5, 2, 4), (3, 1, 2)])
+def test_gradients_of_grouped_convolutions_are_computed_in_float32(size, stride, groups, bias):
     torch.manual_seed(0)
-    layer = torch.nn.Conv2d(4, 8, size, stride, padding=size // 2, groups=4, bias=bias)
+    layer = torch.nn.Conv2d(4, 8, size, stride, padding=size // 2, groups=groups, bias=bias)
     image = torch.randn(2, 4, 12, 12, requires_grad=True)
 
     def gradients(mode):
@@ -305,25 +305,35 @@ def test_gradients_of_depthwise_convolutions_are_computed_in_float32(size, strid
             with autocast(CPU, torch.bfloat16), mode:
                 made = layer(image)
             assert made.dtype == torch.bfloat16
-            return seen.types, torch.autograd.grad((made.float() ** 2).sum(), [image, *layer.parameters()])
+            found = torch.autograd.grad((made.float() ** 2).sum(), [image, *layer.parameters()])
+        return seen.types, found
 
     types, as_ever = gradients(contextlib.nullcontext())
-    types_now, now = gradients(DepthwiseGradients())
+    types_now, now = gradients(grouped_gradients(CPU, torch.bfloat16))
     assert (types, types_now) == ([torch.bfloat16], [torch.float32])
     for a, b in zip(as_ever, now, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
 
 
+def test_a_frozen_grouped_convolution_hands_gradients_on():
+    layer = torch.nn.Conv2d(4, 4, 3, groups=4).requires_grad_(False)
+    image = torch.randn(1, 4, 6, 6, requires_grad=True)
+    with autocast(CPU, torch.bfloat16), grouped_gradients(CPU, torch.bfloat16):
+        layer(image).sum().backward()
+    assert image.grad is not None and layer.weight.grad is None
+
+
 def test_other_convolutions_are_left_alone(monkeypatch):
-    monkeypatch.setattr(helper._Depthwise, "apply", None)
+    monkeypatch.setattr(helper._GroupedConvolution, "apply", None)
     image = torch.randn(1, 4, 6, 6)
-    for layer, enabled in ((torch.nn.Conv2d(4, 4, 3, groups=2), True), (torch.nn.Conv2d(4, 4, 3, groups=4), False)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), DepthwiseGradients():
+    layers = torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3, padding="same", groups=4)
+    for layer in layers:
+        with autocast(CPU, torch.bfloat16), grouped_gradients(CPU, torch.bfloat16):
             layer(image)
-    layer = torch.nn.Conv2d(4, 4, 3, padding="same", groups=4)
-    with autocast(CPU, torch.bfloat16), DepthwiseGradients():
-        assert layer(image).shape == image.shape
+    for device, precision in ((CPU, torch.float32), (torch.device("cuda"), torch.bfloat16)):
+        with grouped_gradients(device, precision):
+            torch.nn.Conv2d(4, 4, 3, groups=4)(image)
 
 
 def test_autocast_is_off_for_float32():

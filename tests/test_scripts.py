@@ -34,13 +34,16 @@ def test_the_tour_runs_in_a_notebook(tmp_path):
         "prepare.py demo": f"prepare.py demo --images 8 --data {tmp_path / 'data'}",
         "--minutes 1": f"--epoch 1 {' '.join(SMALL)}",
     }
+    assert all(any(text in cell.source for cell in tour.cells) for text in smaller)
     for cell in tour.cells:
         for text, wanted in smaller.items():
             cell.source = cell.source.replace(text, wanted)
     nbclient.NotebookClient(tour, timeout=240).execute()
+    outputs = [cell.get("outputs", []) for cell in tour.cells]
+    assert not any(output.output_type == "error" for of_cell in outputs for output in of_cell)
     assert (tmp_path / "checkpoint" / "latest.pkl").is_file()
     assert (tmp_path / "data" / "demo" / "predict" / "result.csv").is_file()
-    shown = [sum(output.output_type == "display_data" for output in cell.get("outputs", ())) for cell in tour.cells]
+    shown = [sum(output.output_type == "display_data" for output in of_cell) for of_cell in outputs]
     assert [n for n in shown if n] == [2, 2]
 
 

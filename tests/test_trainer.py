@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -440,6 +441,15 @@ def test_a_compiled_network_learns_the_same_under_the_same_names(name, folder, t
         for key, value in plain[part].items():
             torch.testing.assert_close(compiled[part][key], value, msg=key)
     load_model(compiled)
+
+
+def test_a_step_takes_care_of_grouped_convolutions(folder, tmp_path, monkeypatch):
+    asked = set()
+    monkeypatch.setattr("trainer.grouped_gradients", lambda *args: asked.add(args) or nullcontext())
+    trainer = make(folder, tmp_path, settings())
+    trainer.stretch = Stretch(0, 1)
+    trainer.run(Log())
+    assert asked == {(CPU, torch.float32)}
 
 
 def test_norms_over_processes_want_gpus(monkeypatch):
