@@ -198,6 +198,7 @@ class Train(Section):
     weight_decay: float = Field(0.01, ge=0)
     schedule: str = "cosine"
     warm_up: Fraction = 0.1
+    calm_share: Fraction = 0.1
     step_epochs: int = Field(300, ge=1)
     step_factor: float = Field(0.3, gt=0, le=1)
     clip_norm: float = Field(1.0, ge=0)
@@ -266,7 +267,7 @@ class Pre(Section):
     color_jitter: bool = True
     color_equalize: bool = False
     gray: bool = True
-    color_space_shift: bool = False
+    color_space_shift: bool = True
     channel_shuffle: bool = False
     paste_nuclei: bool = False
     fade_nuclei: bool = False
@@ -274,8 +275,8 @@ class Pre(Section):
     recolor: bool = True
     style_mix: bool = False
     illumination: bool = True
-    blur: bool = False
-    add_noise: bool = False
+    blur: bool = True
+    add_noise: bool = True
     fill_holes: bool = False
     min_object_size: int = Field(0, ge=0)
 

@@ -26,7 +26,7 @@ from pipeline import ordered
 from record import Record, balance_weights
 from synthetic import draw_sample
 from target import make_targets, plan_targets
-from transform import Sample, build_transform
+from transform import Sample, build_transform, calm
 
 Batch = dict[str, Tensor]
 
@@ -52,9 +52,14 @@ class NucleiDataset:
     heads : tuple of str
         What the network learns.
 
+    Attributes
+    ----------
+    calm : bool
+        Images are changed less, see `transform.calm`; set between epochs.
+
     Notes
     -----
-    An item depends on ``(seed, epoch, index, position)`` alone: it is the same whatever the number of threads.
+    An item depends on ``(seed, epoch, index, position)`` and `calm` alone, and not on the number of threads.
     """
 
     def __init__(self, records: Sequence[Record], cache: Cache, config: Config, heads: tuple[str, ...]) -> None:
@@ -66,7 +71,10 @@ class NucleiDataset:
         self.seed = config.train.seed
         self.plan = plan_targets(heads, config.pre, config.contour)
         self.weight = config.param.weight if config.param.weight_map and _weighs(config, heads) else None
-        self.transform = build_transform(config.pre, config.width, config.contour.precise)
+        self.calm = False
+        self.transforms = [
+            build_transform(pre, config.width, config.contour.precise) for pre in (config.pre, calm(config.pre))
+        ]
         self.clean = build_cleaner(config)
         self.drawn_share, self.policy = config.train.drawn_share, config.pre.policy
         self.first_drawn = 1_000_000 * self.seed
@@ -123,7 +131,7 @@ class NucleiDataset:
         sample = self.draw(rng, epoch) if drawn else self.sample(index)
         if self.mixes_style:
             sample = replace(sample, style=self.cache.image(self.records[rng.integers(len(self))].image))
-        sample = self.transform(sample, rng)
+        sample = self.transforms[self.calm](sample, rng)
         image = np.ascontiguousarray(sample.image.transpose(2, 0, 1))
         return {"image": image, **make_targets(sample.labels, self.plan, self.weight)}
 

@@ -238,7 +238,10 @@ class Trainer:
         self._end_epoch(meters.settle().means(), spent + time.monotonic() - began, log)
 
     def _start_epoch(self) -> None:
-        """Freeze or thaw the encoder, and wrap the network in what a step calls where that has changed."""
+        """Freeze or thaw the encoder, and wrap the network in what a step calls where that has changed; near the end of
+        the stretch, change images less."""
+        done = self.stretch.progress(self.epoch, self.stretch.elapsed)
+        self.loader.dataset.calm = done >= 1 - self.config.train.calm_share
         frozen = self.epoch < self.thaw_epoch
         if self.learner is None or frozen != self.model.frozen:
             self.model.freeze(frozen)

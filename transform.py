@@ -229,6 +229,15 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 }
 
 
+#: What is off in the last epochs ([train] calm_share): what it teaches stays, and images look again as they do.
+CALMED = ("fade_nuclei", "channel_shuffle", "color_space_shift", "color_invert", "blur", "add_noise")
+
+
+def calm(pre: Pre) -> Pre:
+    """The settings with which images are changed less, see `CALMED`."""
+    return pre.model_copy(update=dict.fromkeys(CALMED, False))
+
+
 def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sample, Rng], Sample]:
     """Compose the rows that the settings want into one function of a sample and a random generator.
 

@@ -16,6 +16,7 @@ from dataset import N_DRAWN, N_FRESH, Loader, NucleiDataset, build_cleaner, buil
 from image import ImageError, Pixels, read_image, write_pixels
 from record import Record, describe_records, find_records
 from synthetic import write_dataset
+from transform import CALMED
 
 HEADS = ("semantic", "contour", "marker")
 
@@ -100,6 +101,16 @@ def test_whole_image_unchanged_when_all_is_off(folder, records):
     item, sample = dataset.item(0, 0), dataset.sample(0)
     middle = item["semantic"][0][np.rint(np.linspace(0, 79, 72)).astype(int)]  # 72 rows, squeezed to 80
     assert (middle == (sample.labels > 0)).mean() > 0.97
+
+
+def test_a_calm_data_set_is_one_without_the_strong_changes(folder, records):
+    strong, mild = (build(folder, records, pre=dict.fromkeys(CALMED, on)) for on in (True, False))
+    items, expected = ([dataset.item(index, 0) for index in range(len(records))] for dataset in (strong, mild))
+    assert not all(np.array_equal(a["image"], b["image"]) for a, b in zip(items, expected, strict=True))
+    strong.calm = True
+    for index, item in enumerate(expected):
+        for name, value in strong.item(index, 0).items():
+            assert np.array_equal(value, item[name]), name
 
 
 def test_records_without_masks_are_refused(folder, records):

@@ -443,6 +443,16 @@ def test_a_compiled_network_learns_the_same_under_the_same_names(name, folder, t
     load_model(compiled)
 
 
+@pytest.mark.parametrize("share, expected", [(0.0, [False] * 4), (0.5, [False, False, True, True]), (1.0, [True] * 4)])
+def test_the_last_epochs_are_calm(folder, tmp_path, share, expected):
+    trainer = make(folder, tmp_path, settings(train={"calm_share": share}))
+    seen, epoch = [], trainer.loader.epoch
+    trainer.loader.epoch = lambda number: seen.append(trainer.loader.dataset.calm) or epoch(number)
+    trainer.stretch = Stretch(0, 4)
+    trainer.run(Log())
+    assert seen == expected
+
+
 def test_a_step_takes_care_of_grouped_convolutions(folder, tmp_path, monkeypatch):
     asked = set()
     monkeypatch.setattr("trainer.grouped_gradients", lambda *args: asked.add(args) or nullcontext())
