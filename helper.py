@@ -120,8 +120,8 @@ def pick_precision(name: str, device: torch.device, networks: Sequence[nn.Module
 
     `auto` is bfloat16 on a GPU that computes in it, float16 on other GPUs of CUDA, and on a CPU bfloat16 where a
     convolution is clearly faster in it (many CPUs have the instructions and gain nothing by them), else float32; and
-    `networks`, which are to predict, in float32 if they have depthwise convolutions. Of many processes the main one
-    chooses for all: two that measure may find two answers.
+    `networks`, which are to predict, in float32 if they have depthwise convolutions: bfloat16 is no faster then. Of
+    many processes the main one chooses for all: two that measure may find two answers.
     """
     return getattr(torch, name) if name != "auto" else parallel.from_main(lambda: _fastest_precision(device, networks))
 

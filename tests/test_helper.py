@@ -272,7 +272,7 @@ def test_precision(monkeypatch):
     assert pick_precision("auto", torch.device("mps")) == torch.float32
 
 
-def test_depthwise_convolutions_stay_in_float32_on_a_cpu(monkeypatch):
+def test_depthwise_convolutions_are_predicted_in_float32_on_a_cpu(monkeypatch):
     times = {torch.bfloat16: 1.0, torch.float32: 2.0}
     monkeypatch.setattr(helper, "_convolution_time", times.get)
     plain, depthwise = (torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=groups)) for groups in (1, 4))
