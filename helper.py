@@ -115,23 +115,28 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def pick_precision(name: str, device: torch.device, networks: Sequence[nn.Module] = ()) -> torch.dtype:
+def pick_precision(
+    name: str, device: torch.device, networks: Sequence[nn.Module] = (), known: torch.dtype | None = None
+) -> torch.dtype:
     """The type of autocast.
 
     `auto` is bfloat16 on a GPU that computes in it, float16 on other GPUs of CUDA, and on a CPU bfloat16 where a
     convolution is clearly faster in it (many CPUs have the instructions and gain nothing by them), else float32; and
     `networks`, which are to predict, in float32 if they have depthwise convolutions: bfloat16 is no faster then. Of
-    many processes the main one chooses for all: two that measure may find two answers.
+    many processes the main one chooses for all: two that measure may find two answers. `known` is what was found before
+    without `networks`, on this device.
     """
-    return getattr(torch, name) if name != "auto" else parallel.from_main(lambda: _fastest_precision(device, networks))
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu" and any(_has_depthwise(network) for network in networks):
+        return torch.float32
+    return known or parallel.from_main(lambda: _fastest_precision(device))
 
 
-def _fastest_precision(device: torch.device, networks: Sequence[nn.Module]) -> torch.dtype:
+def _fastest_precision(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and not any(_has_depthwise(network) for network in networks) and _gains_by_bfloat16():
-        return torch.bfloat16
-    return torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _gains_by_bfloat16() else torch.float32
 
 
 def _has_depthwise(network: nn.Module) -> bool:

@@ -72,7 +72,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     train, valid = load_split(args.data, config.dataset)
     train, valid, n_bad = _read_all(train, valid, cache, config)
     loader = build_loader(train, cache, config, model.heads, pin=device.type == "cuda")
-    as_predicted = pick_precision(config.train.precision, device, [model])
+    as_predicted = pick_precision(config.train.precision, device, [model], precision)
     evaluate = _make_evaluate(valid, cache, config, device, as_predicted) if valid else None
     teacher = _load_teacher(config, model, device)
     trainer = Trainer(model, loader, config, args.checkpoint_dir, device, precision, evaluate, teacher)

@@ -88,7 +88,7 @@ def main(data: str, checkpoints: list[str]) -> None:
     for number, record in enumerate(records):
         if record.masks is None:
             raise ValueError(f"{record.id} has no masks")
-        image = read_image(record.image, *config.pre.policy.stored)
+        image = read_image(record.image, *segmenters[0].config.pre.policy.stored)
         truth = read_labels(record.masks, image.shape[:2])
         for name, look in (LOOKS if is_gray(image) else LOOKS | STAINS).items():
             changed = np.rint(np.clip(look(image, np.random.default_rng(number)), 0, 255)).astype(np.uint8)

@@ -280,6 +280,14 @@ def test_depthwise_convolutions_are_predicted_in_float32_on_a_cpu(monkeypatch):
     assert pick_precision("auto", torch.device("cpu"), [plain, depthwise]) is torch.float32
 
 
+def test_what_is_known_is_not_measured_again(monkeypatch):
+    monkeypatch.setattr(helper, "_convolution_time", None)
+    plain, depthwise = (torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=groups)) for groups in (1, 4))
+    for known in (torch.float32, torch.bfloat16):
+        assert pick_precision("auto", CPU, [plain], known) is known
+        assert pick_precision("auto", CPU, [depthwise], known) is torch.float32
+
+
 class Gradients(TorchDispatchMode):
     """Notes the types in which gradients of convolutions are computed."""
 

@@ -43,8 +43,9 @@ def test_the_tour_runs_in_a_notebook(tmp_path):
     assert not any(output.output_type == "error" for of_cell in outputs for output in of_cell)
     assert (tmp_path / "checkpoint" / "latest.pkl").is_file()
     assert (tmp_path / "data" / "demo" / "predict" / "result.csv").is_file()
-    shown = [sum(output.output_type == "display_data" for output in of_cell) for of_cell in outputs]
-    assert [n for n in shown if n] == [2, 2]
+    shown = [[output for output in of_cell if output.output_type == "display_data"] for of_cell in outputs]
+    assert [len(figures) for figures in shown if figures] == [2, 2]
+    assert all("image/png" in figure.data for figures in shown for figure in figures)
 
 
 @pytest.mark.parametrize("name", ["lite_camunet", "colorunet", "distunet", "dcan", "msdnet", "maskrcnn"])
