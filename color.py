@@ -12,14 +12,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from light import density, intensity
+from light import DAB, HEMATOXYLIN, density, intensity, is_gray
 
 Image = NDArray[np.uint8]
 FloatImage = NDArray[np.float32]
 Rng = np.random.Generator
 
 #: Optical density of hematoxylin, eosin and DAB in red, green, blue (Ruifrok and Johnston 2001).
-STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+STAINS = np.array([HEMATOXYLIN, (0.07, 0.99, 0.11), DAB])
 
 
 def equalize(image: Image) -> Image:
@@ -40,7 +40,8 @@ def invert(image: Image, rng: Rng) -> Image:
 
 
 def jitter(image: Image, rng: Rng) -> Image:
-    """Always: brightness, contrast and gamma of all channels, through one table."""
+    """Always: brightness (by up to 0.1 of the range), contrast (0.70 to 1.42) and gamma (0.61 to 1.65) of all channels,
+    through one table."""
     contrast, gamma = np.exp(rng.uniform(-0.35, 0.35)), np.exp(rng.uniform(-0.5, 0.5))
     brightness = rng.uniform(-0.1, 0.1)
     ramp = np.linspace(0, 1, 256) ** gamma
@@ -48,8 +49,9 @@ def jitter(image: Image, rng: Rng) -> Image:
 
 
 def shift_lab(image: Image, rng: Rng) -> Image:
-    """Half of the time: shift and stretch the colours in CIELAB, so that a stain becomes another stain."""
-    if rng.random() < 0.5 or _is_gray(image):  # a gray image has no stain; it keeps its colour
+    """Half of the time: shift (by up to 18 of 255) and stretch (0.5 to 1.4) a* and b* of CIELAB, so that a stain
+    becomes another stain."""
+    if rng.random() < 0.5 or is_gray(image):  # a gray image has no stain; it keeps its colour
         return image
     stretch = np.array([1.0, *rng.uniform(0.5, 1.4, 2)])
     shift = np.array([0.0, *rng.uniform(-18, 18, 2)])
@@ -66,7 +68,7 @@ def shift_stain(image: Image, rng: Rng) -> Image:
     The optical density is taken apart into hematoxylin, eosin and DAB, and put together again from more or less of each
     (Tellez et al. 2018, doi:10.1109/TMI.2018.2820199); their absorption moves too. Gray images have no stain.
     """
-    if rng.random() < 0.5 or _is_gray(image):
+    if rng.random() < 0.5 or is_gray(image):
         return image
     amount = np.exp(rng.normal(0, 0.25, 3))
     stains = np.clip(STAINS + rng.normal(0, 0.1, (3, 3)), 0.02, None)
@@ -123,12 +125,23 @@ def blur(image: Image, rng: Rng) -> Image:
 
 
 def noise(image: Image, rng: Rng) -> Image:
-    """Half of the time: additive Gaussian noise, or multiplied speckle, of up to 8 percent."""
+    """Half of the time: additive Gaussian noise, or multiplied speckle, of up to 8 percent; the same in all channels,
+    or, half of the time where there is colour, of each its own."""
     if rng.random() < 0.5:
         return image
-    grain = rng.standard_normal(image.shape[:2], np.float32)[..., None] * np.float32(rng.uniform(0, 0.08))
+    n_channels = 1 if is_gray(image) or rng.random() < 0.5 else 3
+    grain = rng.standard_normal((*image.shape[:2], n_channels), np.float32) * np.float32(rng.uniform(0, 0.08))
     speckle = rng.random() < 0.5
     return _clip(image * (1 + grain) if speckle else image + 255 * grain)
+
+
+def compress(image: Image, rng: Rng) -> Image:
+    """One time in five: stored as a JPEG of a quality between 15 and 90, as slides and figures are."""
+    if rng.random() >= 0.2:
+        return image
+    quality = int(rng.integers(15, 91))
+    coded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return _image(cv2.cvtColor(cv2.imdecode(coded, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB))
 
 
 def illuminate(image: Image, rng: Rng) -> Image:
@@ -143,14 +156,15 @@ def illuminate(image: Image, rng: Rng) -> Image:
     if rng.random() < 0.5:
         return _clip(image * np.exp(0.25 * _field(shape, rng, 2))[..., None])
     haze = _field(shape, rng, 3) + rng.uniform(0, 1) * _field(shape, rng, int(rng.integers(6, 40)))
-    color = np.ones(3) if _is_gray(image) else rng.uniform(0.3, 1.0, 3)
+    color = np.ones(3) if is_gray(image) else rng.uniform(0.3, 1.0, 3)
     return _clip(image + haze[..., None] * (rng.uniform(4, 16) * color).astype(np.float32))
 
 
 def fade_nuclei(image: Image, labels: NDArray[np.int32], rng: Rng) -> Image:
     """Three times in ten: each nucleus stands out from what is around it less, or a little more, than it did.
 
-    Dim nuclei beside bright ones are rare in most sets of images, and lost without them.
+    Dim nuclei beside bright ones are rare in most sets of images, and lost without them. `labels` is (H, W) int32. What
+    a nucleus stands out by is multiplied by 0.3 to 1.5.
     """
     inside = labels > 0
     if rng.random() >= 0.3 or not inside.any() or inside.all():
@@ -184,10 +198,10 @@ def mix_style(image: Image, other: Image, rng: Rng) -> Image:
 def _background(image: Image, outside: NDArray[np.bool_]) -> FloatImage:
     """What the pixels of the background around each pixel look like, (H, W, 3) float32."""
     known = outside.astype(np.float32)
-    half = [size // 4 + 1 for size in image.shape[1::-1]]
+    quarter = [size // 4 + 1 for size in image.shape[1::-1]]
     # Blurred at a quarter of the size: nothing in it is finer than the nuclei it reaches across.
-    weight = cv2.resize(known, half, interpolation=cv2.INTER_AREA)
-    value = cv2.resize(image * known[..., None], half, interpolation=cv2.INTER_AREA)
+    weight = cv2.resize(known, quarter, interpolation=cv2.INTER_AREA)
+    value = cv2.resize(image * known[..., None], quarter, interpolation=cv2.INTER_AREA)
     weight, value = cv2.GaussianBlur(weight, (0, 0), 4) + 1e-4, cv2.GaussianBlur(value, (0, 0), 4)
     mean = image[outside].mean(axis=0, dtype=np.float64).astype(np.float32)
     local = (value + 1e-4 * mean) / weight[..., None]
@@ -198,11 +212,6 @@ def _field(shape: tuple[int, int], rng: Rng, knots: int) -> FloatImage:
     """A smooth random field of unit deviation at its knots, (H, W) float32."""
     coarse = rng.standard_normal((knots + 1, knots + 1)).astype(np.float32)
     return cast(FloatImage, cv2.resize(coarse, shape[::-1], interpolation=cv2.INTER_CUBIC))
-
-
-def _is_gray(image: Image) -> bool:
-    red, green, blue = cv2.split(image)
-    return max(np.count_nonzero(red != green), np.count_nonzero(green != blue)) < 0.01 * red.size
 
 
 def _luminance(image: Image) -> Image:

@@ -1,8 +1,13 @@
-"""Tables to print."""
+"""Tables and lines to print."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+
+def one_line(message: object, most: int = 200) -> str:
+    """What an error of somebody else says, its line breaks gone, cut after so many letters."""
+    return " ".join(str(message).split())[:most]
 
 
 def align(rows: Sequence[Sequence[object]]) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from candidate import FEATURES
 from metric import THRESHOLDS
 
-#: Networks whose opinions are averaged, and the units of each of their two layers.
+#: Networks whose opinions are averaged, and the units of each of their two hidden layers.
 N_VOICES, N_UNITS = 5, 48
 #: How they are trained: least steps, candidates a step, peak learning rate, weight decay.
 N_STEPS, N_BATCH, RATE, DECAY = 1500, 256, 3e-3, 1e-2
@@ -48,7 +48,13 @@ class Opinion(nn.Module):
 
     @classmethod
     def load(cls, state: Mapping[str, Tensor]) -> Opinion:
-        """From the state of another."""
+        """From the state of another.
+
+        Raises
+        ------
+        ValueError
+            It is of a version with other features.
+        """
         n_voices, n_features, n_units = state["weights.0"].shape
         if n_features != len(FEATURES):
             raise ValueError(
@@ -73,7 +79,7 @@ class Opinion(nn.Module):
 
 
 def quality(iou: NDArray[np.floating]) -> NDArray[np.float32]:
-    """The share of the competition's thresholds that each IoU passes, float32 in [0, 1]."""
+    """The share of the competition's thresholds that each IoU passes: float -> float32 of the same shape, in [0, 1]."""
     return (iou[..., None] > THRESHOLDS).mean(-1, dtype=np.float32)
 
 
@@ -82,9 +88,15 @@ def learn(features: Sequence[NDArray[np.float32]], ious: Sequence[NDArray[np.flo
 
     Parameters
     ----------
-    features, ious : sequence of (N, F) and of (N,)
-        Of each image; an image of many candidates counts more than one of few, but less than as many times.
+    features, ious : sequence of (N, F) float32 and of (N,) float in [0, 1]
+        Of each image, as `candidate.describe` gives them and by the true nucleus that each overlaps most; an image of
+        many candidates counts more than one of few, but less than as many times.
     seed : int
+
+    Returns
+    -------
+    Opinion
+        In evaluation mode.
 
     Raises
     ------
@@ -93,8 +105,8 @@ def learn(features: Sequence[NDArray[np.float32]], ious: Sequence[NDArray[np.flo
 
     Notes
     -----
-    Five networks of two layers, each shown other candidates at each step, with other noise, by cross entropy with the
-    quality. Noise on the input is Tikhonov regularisation (Bishop 1995, doi:10.1162/neco.1995.7.1.108).
+    Five networks of two hidden layers, each shown other candidates at each step, with other noise, by cross entropy
+    with the quality. Noise on the input is Tikhonov regularisation (Bishop 1995, doi:10.1162/neco.1995.7.1.108).
     """
     counts = np.array([len(iou) for iou in ious])
     if not counts.sum():

@@ -277,6 +277,7 @@ class Pre(Section):
     illumination: bool = True
     blur: bool = True
     add_noise: bool = True
+    compress: bool = True
     fill_holes: bool = False
     min_object_size: int = Field(0, ge=0)
 
@@ -455,6 +456,12 @@ class Config(Section):
             section, name = key.split(".")
             nested.setdefault(section, {})[name] = value
         return self.inherit(nested, values)
+
+
+def look_up(dump: Mapping[str, Any], key: str) -> Any:
+    """The value of ``section.key`` in a configuration as nested types."""
+    section, name = key.split(".")
+    return dump[section][name]
 
 
 SECTIONS: dict[str, type[Section]] = {

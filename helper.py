@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 import parallel
+from columns import one_line
 from config import Config, add_arguments, load_config
 from files import replacing
 
@@ -111,7 +112,7 @@ def pick_device(name: str = "auto") -> torch.device:
         if many and name == "cuda":
             torch.cuda.set_device(device)  # NCCL and what asks for plain "cuda" take the current one
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"[train] device = {name}: {' '.join(str(error).split())[:160]}") from None
+        raise ValueError(f"[train] device = {name}: {one_line(error)}") from None
     return device
 
 

@@ -21,6 +21,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
+from columns import one_line
 from config import Policy
 from files import replacing
 from labels import compose, relabel
@@ -298,7 +299,7 @@ def _decode(path: Path, colors: bool = True) -> Pixels:
     except ImageError:
         raise
     except Exception as error:  # every codec has errors of its own, and all of them mean the same to the user
-        raise ImageError(f"{path}: not a readable image: {' '.join(str(error).split())[:200]}") from None
+        raise ImageError(f"{path}: not a readable image: {one_line(error)}") from None
 
 
 def _decode_tiff(path: Path, data: bytes, colors: bool) -> Pixels:
@@ -309,6 +310,9 @@ def _decode_tiff(path: Path, data: bytes, colors: bool) -> Pixels:
         page = file.pages.first
     kept = [axis for axis, n in zip(axes, array.shape, strict=True) if n > 1 or axis in "YX"]
     array = array.reshape([n for axis, n in zip(axes, array.shape, strict=True) if n > 1 or axis in "YX"])
+    # Not of one bit: masks are stored so by many writers, and mean what they say.
+    if colors and page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype != bool:
+        array = _invert(path, array)
     if kept == ["Y", "X"]:
         if colors and page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
             array = (page.colormap >> 8).astype(np.uint8).T[array]  # of 16 bits, widened from 8
@@ -319,6 +323,13 @@ def _decode_tiff(path: Path, data: bytes, colors: bool) -> Pixels:
     named = {"Z": "a z stack", "T": "a time series"}
     what = next((named[axis] for axis in kept if axis in named), "a stack of pages")
     raise ImageError(f"{path}: {what} (axes {''.join(kept)}, shape {array.shape}); save one plane of it")
+
+
+def _invert(path: Path, array: NDArray) -> NDArray:
+    """White stored as 0 becomes the brightest."""
+    if array.dtype.kind != "u":
+        raise ImageError(f"{path}: white is zero, in {array.dtype}; save it with black as zero")
+    return np.iinfo(array.dtype).max - array
 
 
 def has_alpha(page: tifffile.TiffPage) -> bool:
@@ -376,7 +387,7 @@ def find_range(
     values = arrays[0] if len(arrays) == 1 else np.concatenate([array.ravel() for array in arrays])
     low, high = np.percentile(_finite(values, path), percentiles)
     # An 8-bit image that is all but flat shows noise, not nuclei: its range is not blown up beyond reason.
-    return low, low + max(high - low, STRETCH_FLOOR if narrow else 1e-12)
+    return low, low + max(high - low, STRETCH_FLOOR if narrow else max(1e-6 * abs(low), 1e-12))
 
 
 def to_uint8(array: NDArray, limits: tuple[float, float] | None, path: str | Path) -> NDArray[np.uint8]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from itertools import combinations
 
 import cv2
 import numpy as np
@@ -78,6 +77,10 @@ def near_pairs(
 
     Parameters
     ----------
+    hashes
+        Of each picture, (64,) bool.
+    thumbnails
+        Of each picture, (N,) float32 of mean 0 and length 1.
     max_bits
         In how many of the 64 places two hashes may differ.
     min_correlation
@@ -93,6 +96,6 @@ def near_pairs(
     bits = np.stack(hashes).astype(np.int32)
     differing = bits @ (1 - bits).T
     differing = differing + differing.T
-    pairs = ((i, j) for i, j in combinations(range(len(hashes)), 2) if differing[i, j] <= max_bits)
+    pairs = np.argwhere(np.triu(differing <= max_bits, 1)).tolist()
     scored = ((i, j, float(thumbnails[i] @ thumbnails[j])) for i, j in pairs)
     return [(i, j, value) for i, j, value in scored if value >= min_correlation]

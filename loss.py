@@ -187,7 +187,7 @@ class Criterion:
             learns; `targets` may hold a "weight".
         """
         learned = {
-            head: MATCHERS[head](logits[head], targets[head]) if head in MATCHERS else targets[head]
+            head: MATCHERS[head](logits[head].float(), targets[head]) if head in MATCHERS else targets[head]
             for head in self.terms
         }
         losses: dict[str, Tensor] = {}

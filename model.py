@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from columns import one_line
 from config import Config, Loss, pick
 from detector import MaskRCNN
 from encoder import WIDTHS, ConvBlock, build_encoder
@@ -263,12 +264,12 @@ MODELS: dict[str, Callable[..., Network]] = {
     "msdnet": partial(MixedScaleNet, heads=_THREE),
     "maskrcnn": _detector,
 }
-#: What the footprint table shows beside the rows: the other encoders that the project's plan lists.
+#: What the footprint table shows beside the rows: other encoders of three of them.
 VARIANTS = ("res_unet:resnet18", "res_unet:resnet101", "dense_unet:densenet201")
-#: The plan's figures for three rows, and why they differ.
+#: Figures given elsewhere for three rows, and why they differ.
 NOTE = (
-    "The plan this toolkit grew from gives 4.84, 3.74 and 9.85 M trainable parameters for ResNet101, DenseNet121 and "
-    "DenseNet201: a tenth of what these widths make."
+    "The document that this toolkit grew from gives 4.84, 3.74 and 9.85 M trainable parameters for ResNet101, "
+    "DenseNet121 and DenseNet201: a tenth of what these widths make."
 )
 
 
@@ -341,9 +342,7 @@ def load_model(checkpoint: Mapping[str, Any], averaged: bool = True) -> Network:
     try:
         model.load_state_dict(weights or checkpoint["weights"])
     except RuntimeError as error:
-        raise ValueError(
-            f"the weights do not fit a {checkpoint['model']}: {' '.join(str(error).split())[:200]}"
-        ) from None
+        raise ValueError(f"the weights do not fit a {checkpoint['model']}: {one_line(error)}") from None
     return model.eval()
 
 

@@ -42,7 +42,7 @@ class Mosaic:
         See `Read`.
     shape : (int, int)
         Of the image.
-    show : callable
+    predict : callable
         (h, w, 3) uint8 -> the maps of each network, of the same size, without a border of its own.
     side, overlap, border : int
         Greatest view, least overlap of two, and border of the image, in pixels of the enlargement.
@@ -52,11 +52,16 @@ class Mosaic:
         How many times the image is enlarged before networks see it.
     padding : str
         Row of `PADDING`.
+
+    Raises
+    ------
+    ValueError
+        As `tile.plan_strips`, when tiles are asked for.
     """
 
     read: Read
     shape: tuple[int, int]
-    show: Callable[[Image], list[Maps]]
+    predict: Callable[[Image], list[Maps]]
     side: int
     overlap: int
     border: int
@@ -86,7 +91,7 @@ class Mosaic:
         image = zoom_image(
             read_beyond(self.read, Window(y.source, x.source), self.shape, self.padding), float(self.zoom)
         )
-        members = self.show(np.ascontiguousarray(image[y.view.slice, x.view.slice]))
+        members = self.predict(np.ascontiguousarray(image[y.view.slice, x.view.slice]))
         height, width = y.target.length, x.target.length
         return [
             {
@@ -140,8 +145,15 @@ def read_beyond(read: Read, window: Window, shape: tuple[int, int], padding: str
     image = read(inside)
     top, left = (i.start - s.start for i, s in zip(inside, window, strict=True))
     bottom, right = (s.stop - i.stop for i, s in zip(inside, window, strict=True))
+    return surround(image, (top, bottom, left, right), padding)
+
+
+def surround(image: Image, margins: tuple[int, int, int, int], padding: str) -> Image:
+    """An (H, W, 3) uint8 image with a border of so many pixels at its top, bottom, left and right; a row of `PADDING`
+    says what it holds."""
     mode, value = PADDING[padding]
-    return cv2.copyMakeBorder(np.ascontiguousarray(image), top, bottom, left, right, mode, value=(value,) * 3)
+    bordered = cv2.copyMakeBorder(np.ascontiguousarray(image), *margins, mode, value=(value,) * 3)
+    return np.asarray(bordered, np.uint8)
 
 
 def probe(shape: tuple[int, int]) -> list[Window]:
@@ -160,8 +172,12 @@ def busiest(read: Read, shape: tuple[int, int], side: int, n: int) -> Iterator[I
 
     Parameters
     ----------
+    read : callable
+        See `Read`.
+    shape : (int, int)
+        Of the image.
     side, n : int
-        Of each sample, and how many.
+        Of each sample, and how many at most.
 
     Yields
     ------

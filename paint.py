@@ -14,14 +14,12 @@ from numpy.typing import NDArray
 from scipy import ndimage as ndi
 
 from labels import depth
+from light import DAB, HEMATOXYLIN
 
 Map = NDArray[np.floating]
 
-# Optical densities (red, green, blue) of one unit of stain. Hematoxylin is that of Ruifrok & Johnston, Anal
-# Quant Cytol Histol 23 (2001); the others are chosen to look like the slides they stand for.
-HEMATOXYLIN = (0.65, 0.70, 0.29)
+# Optical densities (red, green, blue) of one unit of further stains, chosen to look like the slides they stand for.
 EOSIN = (0.10, 0.80, 0.30)
-DAB = (0.27, 0.57, 0.78)  # diaminobenzidine, brown; from the same paper as hematoxylin
 THIONIN = (0.62, 1.05, 0.17)  # violet sections
 GIEMSA = (0.48, 1.05, 0.30)  # purple smears of blood and marrow
 ALUM = (0.63, 0.78, 0.36)  # hematoxylin as scanned slides of many laboratories show it, more violet
@@ -42,14 +40,16 @@ def paint_fluorescence(
     glow: tuple[float, float] = (0.05, 0.25),
     spots: float = 0.0,
     ghosts: float = 0.0,
+    thickness: float = 0.0,
 ) -> Map:
     """Glowing nuclei, dim to bright, seen through a lens that blurs and a camera that counts photons.
 
     `blur` (pixels) and `glow` (share of the light that is spread far around) are drawn between two values: thick tissue
     is never all in focus. Up to `spots`, chromatin lies in bright grains and rims; up to `ghosts`, nuclei above and
-    below shine through, out of focus and not labelled.
+    below shine through, out of focus and not labelled. Up to `thickness`, nuclei lie at depths of their own, some more
+    out of focus than others, and light falls off across the image. Where nuclei overlap, light may add up.
     """
-    deep = depth(labels)
+    deep = _seamed_depth(rng, labels)
     bright = np.clip(np.exp(rng.normal(-0.6, 0.45, labels.max() + 1)), 0.12, 1.3).astype(np.float32)
     grain = 0.16 * _noise(rng, labels.shape, 2.2) + 0.12 * _noise(rng, labels.shape, 5)
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.2, 0, 1)
@@ -61,9 +61,15 @@ def paint_fluorescence(
     if ghosts:
         behind = ghosts * rng.uniform(0, 0.35) * _drops(rng, labels.shape, 0.006 * rng.random(), (7, 13))
         light += cv2.GaussianBlur(behind, (0, 0), rng.uniform(2.5, 6))
+    if rng.random() < 0.5:
+        light *= 1 + rng.uniform(0, 0.6) * cv2.GaussianBlur(_contacts(labels), (0, 0), rng.uniform(0.7, 2))
     haze = cv2.GaussianBlur(light, (0, 0), 14) * rng.uniform(*glow)
-    light = cv2.GaussianBlur(light, (0, 0), rng.uniform(*blur)) + haze
+    focus = rng.uniform(*blur)
+    away = (thickness * rng.random(labels.max() + 1)).astype(np.float32)[labels]
+    light, far = cv2.GaussianBlur(light * (1 - away), (0, 0), focus), light * away
+    light += cv2.GaussianBlur(far, (0, 0), focus * rng.uniform(1, 2.2)) + haze
     light *= rng.uniform(0.25, 0.95) * (1 + 0.06 * _noise(rng, labels.shape, 120))
+    light *= np.exp(-thickness * rng.uniform(0, 1.5) * _ramp(rng, labels.shape))
     light += rng.uniform(0.015, 0.05)
     photons = rng.uniform(150, 900)
     light = rng.poisson(np.maximum(light, 0) * photons) / photons + rng.normal(0, 0.004, labels.shape)
@@ -71,9 +77,9 @@ def paint_fluorescence(
 
 
 #: Thick tissue, never all in focus.
-paint_thick = partial(paint_fluorescence, blur=(1.1, 2.2), glow=(0.3, 0.9))
+paint_thick = partial(paint_fluorescence, blur=(1.1, 2.2), glow=(0.3, 0.9), ghosts=1.5, thickness=0.6)
 #: A layer of cells that others lie above and below, chromatin in grains and rims.
-paint_layer = partial(paint_fluorescence, blur=(0.6, 1.8), glow=(0.1, 0.5), spots=1.0, ghosts=1.0)
+paint_layer = partial(paint_fluorescence, blur=(0.6, 1.8), glow=(0.1, 0.5), spots=1.0, ghosts=1.0, thickness=0.4)
 
 
 def paint_tissue(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
@@ -85,7 +91,8 @@ def paint_tissue(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map)
     eosin = rng.uniform(0.4, 0.65) * np.maximum(1 + 0.32 * fibres, 0.15) + 0.04 * _noise(rng, shape, 2)
     haze = 0.10 * np.maximum(1 + 0.6 * _noise(rng, shape, 18), 0)
     nuclei = rng.uniform(0.85, 1.25) * _chromatin(rng, labels)
-    return _transmit(rng, [(nuclei + haze * (1 - rift), HEMATOXYLIN), (eosin * (1 - 0.95 * rift), EOSIN)])
+    stains = _vary(rng, HEMATOXYLIN), _vary(rng, EOSIN)
+    return _transmit(rng, [(nuclei + haze * (1 - rift), stains[0]), (eosin * (1 - 0.95 * rift), stains[1])])
 
 
 def paint_cells(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
@@ -116,26 +123,28 @@ def paint_cells(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) 
     nuclei = cv2.GaussianBlur(nuclei, (0, 0), rng.uniform(0.3, 1.1))
     haze = np.maximum(haze, 0.5 * smudge) * tissue
     eosin = np.maximum(np.maximum(eosin * tissue * np.where(outside, 1.0, rng.uniform(0.2, 0.8)), 0.9 * red), 0)
-    image = _transmit(rng, [(np.maximum(nuclei + 0.5 * haze, haze), _vary(rng, ALUM)), (eosin, _vary(rng, EOSIN))])
-    sharper = image + rng.uniform(0, 0.8) * (image - cv2.GaussianBlur(image, (0, 0), 1.5))  # as scanners do
-    return sharper * rng.uniform(0.85, 1.0, 3).astype(np.float32)
+    return _transmit(rng, [(np.maximum(nuclei + 0.5 * haze, haze), _vary(rng, ALUM)), (eosin, _vary(rng, EOSIN))])
 
 
 def paint_counterstain(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
-    """Immunohistochemistry: blue nuclei, pale to dark, among grayish fibres; patches of tissue are marked brown."""
+    """Immunohistochemistry: blue nuclei, pale to dark, among grayish fibres; patches of tissue are marked brown, or, in
+    half of the images, some or all of the nuclei."""
     shape = labels.shape
     fibres = 0.5 * _fibres(rng, flow) + 0.4 * _noise(rng, shape, 9)
     marked = _smoothstep(_noise(rng, shape, 45) + 0.2 * fibres, rng.uniform(-0.3, 0.8), 1.6)
     brown = rng.uniform(0.2, 0.7) * marked * np.maximum(1 + 0.3 * fibres, 0.1) * np.where(labels > 0, 0.4, 1)
     haze = rng.uniform(0.08, 0.25) * np.maximum(1 + 0.4 * fibres, 0)
-    nuclei = rng.uniform(0.5, 1.1) * _chromatin(rng, labels)
-    return _transmit(rng, [(np.maximum(nuclei, haze), HEMATOXYLIN), (brown, DAB)])
+    chromatin, share = _chromatin(rng, labels), rng.beta(0.6, 1) * (rng.random() < 0.5)
+    positive = (rng.random(labels.max() + 1) < share)[labels]
+    brown = np.where(positive, rng.uniform(0.5, 1.4) * chromatin, (1 - share) * brown).astype(np.float32)
+    nuclei = rng.uniform(0.5, 1.1) * chromatin * np.where(positive, rng.uniform(0, 0.7), 1)
+    return _transmit(rng, [(np.maximum(nuclei, haze), _vary(rng, HEMATOXYLIN)), (brown, _vary(rng, DAB))])
 
 
 def paint_purple(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
     """One purple stain, anywhere between a smear on near-white and a section on lilac ground."""
     section = rng.random()
-    stain = tuple(np.array(GIEMSA) * (1 - section) + np.array(THIONIN) * section)
+    stain = _vary(rng, tuple(np.array(GIEMSA) * (1 - section) + np.array(THIONIN) * section))
     shape = labels.shape
     uneven = 0.08 * _fibres(rng, flow) + 0.2 * _noise(rng, shape, 50) + 0.06 * _noise(rng, shape, 5)
     ground = (0.05 + 0.3 * section) * np.maximum(1 + uneven, 0)
@@ -196,7 +205,7 @@ def _vary(rng: np.random.Generator, stain: tuple[float, ...]) -> tuple[float, ..
 
 
 def _transmit(rng: np.random.Generator, layers: list[tuple[Map, tuple[float, ...]]]) -> Map:
-    """Send white light through stains (Beer-Lambert), a lens and a camera.
+    """Send white light through stains (Beer-Lambert), a lens and a camera or scanner, which sharpens and tints.
 
     `layers` pairs an amount of stain, (H, W), with its C optical densities. Returns (H, W, C), about [0, 1].
     """
@@ -204,8 +213,29 @@ def _transmit(rng: np.random.Generator, layers: list[tuple[Map, tuple[float, ...
     for amount, stain in layers:
         density += amount[..., None] * np.array(stain, np.float32)
     image = cv2.GaussianBlur(np.exp(-density), (0, 0), 0.85)
+    image = image + rng.uniform(0, 0.8) * (image - cv2.GaussianBlur(image, (0, 0), 1.5))
     image = image.reshape(density.shape)  # OpenCV drops a lone channel
+    image = image * rng.uniform(0.85, 1.0, image.shape[2]).astype(np.float32)
     return image + 0.008 * rng.standard_normal(image.shape, np.float32)
+
+
+def _seamed_depth(rng: np.random.Generator, labels: NDArray[np.int32]) -> Map:
+    """Depth of each pixel in its nucleus, (H, W); where nuclei touch, somewhere between that of an edge and none."""
+    deep = depth(labels)
+    return deep + rng.random() * (depth((labels > 0).astype(np.int32)) - deep)
+
+
+def _contacts(labels: NDArray[np.int32]) -> Map:
+    """1 on the pixels of a nucleus that touch another one, (H, W) float32."""
+    return ((depth(labels) <= 1) & (depth((labels > 0).astype(np.int32)) > 1)).astype(np.float32)
+
+
+def _ramp(rng: np.random.Generator, shape: tuple[int, ...]) -> Map:
+    """From 0 to 1 across the image, in any direction, (H, W) float32."""
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    angle = rng.uniform(-np.pi, np.pi)
+    ramp = (y * np.sin(angle) + x * np.cos(angle)).astype(np.float32)
+    return (ramp - ramp.min()) / max(float(np.ptp(ramp)), 1.0)
 
 
 def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32], openness: float = 1.2, pale: float = 0.55) -> Map:
@@ -214,7 +244,7 @@ def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32], openness: fl
     Each is somewhere between dense (dark throughout) and vesicular (by `pale` lighter, clumped, with dark rim and
     nucleolus), the more of them the latter the greater the `openness`.
     """
-    n, deep = labels.max() + 1, depth(labels)
+    n, deep = labels.max() + 1, _seamed_depth(rng, labels)
     open_ = (rng.beta(openness, 1.6, n).astype(np.float32))[labels]
     strength = np.clip(rng.normal(1, 0.16, n), 0.6, 1.5).astype(np.float32)[labels]
     clumps = 0.7 * _noise(rng, labels.shape, 2.5) + 0.5 * _noise(rng, labels.shape, 5)

@@ -4,6 +4,7 @@ take it."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,19 +23,38 @@ Mask = NDArray[np.bool_]
 Labels = NDArray[np.int32]
 Probs = Mapping[str, NDArray[np.float32]]
 #: Features of candidates, (N, F) as `candidate.describe` gives them, -> quality expected of each, (N,) in [0, 1].
-Opinion = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Judge = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 #: Sharpness of the random walker, and the least weight of an edge; both as in scikit-image.
 WALKER_BETA, WALKER_FLOOR = 130.0, 1e-10
+
+
+class Separation(NamedTuple):
+    """The instances of probability maps, and what a second opinion thinks of them where one has chosen them."""
+
+    labels: Labels  # (H, W) int32, 1..N without gaps, 0 is background
+    quality: NDArray[np.float32] | None = None  # expected of each, (N,) in [0, 1]
+    promise: float = 0.0  # what all that were chosen are worth together, before any was removed, see `separate_forest`
 
 
 def instances(
     probs: Probs,
     post: Post,
     thresholds: Mapping[str, float],
-    opinion: Opinion | None = None,
+    opinion: Judge | None = None,
     scene: Scene | None = None,
 ) -> Labels:
+    """The labels of `separate`, which says what it takes; (H, W) int32."""
+    return separate(probs, post, thresholds, opinion, scene).labels
+
+
+def separate(
+    probs: Probs,
+    post: Post,
+    thresholds: Mapping[str, float],
+    opinion: Judge | None = None,
+    scene: Scene | None = None,
+) -> Separation:
     """Give every nucleus its own label.
 
     Parameters
@@ -52,8 +72,8 @@ def instances(
 
     Returns
     -------
-    (H, W) int32
-        Labels 1..N without gaps, 0 is background. The same input always gives the same labels.
+    Separation
+        Labels and what is expected of them. The same input always gives the same labels.
 
     Raises
     ------
@@ -62,13 +82,24 @@ def instances(
     """
     mask = _above(probs, thresholds, "semantic")
     if not post.segmentation:
-        return _finish(components(mask), probs, post)
+        return Separation(_finish(components(mask), probs, post))
     source, policy = _choose(post, probs, opinion)
     if policy == "forest":
-        return _finish(separate_forest(mask, probs, post, opinion, scene)[0], probs, post)
+        chosen, expected = separate_forest(mask, probs, post, opinion, scene)
+        labels = _finish(chosen, probs, post)
+        there = np.flatnonzero(np.bincount(chosen.ravel())[1:]) + 1
+        promise = float((expected[there] - post.min_quality).sum())
+        return Separation(labels, _best_inside(labels, expected[chosen]), promise)
     markers = pick(MARKERS, source, "source of markers")(mask, probs, post, thresholds)
     markers = _add_lonely(mask, markers)
-    return _finish(pick(POLICIES, policy, "policy")(mask, markers, probs), probs, post)
+    return Separation(_finish(pick(POLICIES, policy, "policy")(mask, markers, probs), probs, post))
+
+
+def _best_inside(labels: Labels, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The largest value in each of the instances 1..N, (N,)."""
+    best = np.zeros(int(labels.max(initial=0)) + 1, np.float32)
+    np.maximum.at(best, labels.ravel(), values.ravel())
+    return best[1:]
 
 
 def _finish(labels: Labels, probs: Probs, post: Post) -> Labels:
@@ -104,6 +135,8 @@ def merge(
     ValueError
         The weights are not as many as the networks.
     """
+    if len(members) == 1 and ensemble == "avg":
+        return dict(members[0])
     if weights and len(weights) != len(members):
         raise ValueError(f"[valid] ensemble_weights: {len(weights)} for {len(members)} networks; wanted one for each")
     merged: dict[str, NDArray[np.float32]] = {}
@@ -137,26 +170,33 @@ def clean(labels: Labels, post: Post) -> Labels:
     if post.fill_holes:
         labels = fill_holes(labels)
     if post.remove_objects:
-        labels = remove_small(labels, max(post.min_object_size, round(post.min_object_share * typical_area(labels))))
+        labels = remove_small(labels, least_area(labels, post))
     if post.filter_fiber:
         labels = remove_fiber(labels)
     return relabel(labels)
 
 
-def heads_read(heads: Collection[str], post: Post, opinion: Opinion | None = None) -> set[str]:
+def least_area(labels: Labels, post: Post) -> int:
+    """The area (pixels) below which ``[post]`` removes an instance."""
+    return max(post.min_object_size, round(post.min_object_share * typical_area(labels)))
+
+
+def heads_read(heads: Collection[str], post: Post, opinion: Judge | None = None) -> set[str]:
     """Those of the heads that `instances` looks at where there are these: without the others it says the same."""
     if not post.segmentation:
         return {"semantic"}
     source, policy = _choose(post, heads, opinion)
     if policy == "forest":
         return set(heads) - {"color"}
+    if source not in {*heads, "peak"}:  # `instances` will say so, and what there is
+        return set(heads)
     read = {"semantic", source} | FLOODED_BY.get(policy, set(heads))
     if source == "marker" and post.marker_contour:
         read.add("contour")
     return read & set(heads)
 
 
-def _choose(post: Post, probs: Collection[str], opinion: Opinion | None = None) -> tuple[str, str]:
+def _choose(post: Post, probs: Collection[str], opinion: Judge | None = None) -> tuple[str, str]:
     """Source of the markers and policy, where the settings leave them to the heads there are."""
     source, policy = post.marker, post.policy
     if policy == source == "auto" and opinion is not None:
@@ -224,7 +264,7 @@ def separate_walker(mask: Mask, markers: Labels, probs: Probs) -> Labels:
 
 
 def separate_forest(
-    mask: Mask, probs: Probs, post: Post, opinion: Opinion | None, scene: Scene | None = None
+    mask: Mask, probs: Probs, post: Post, opinion: Judge | None, scene: Scene | None = None
 ) -> tuple[Labels, NDArray[np.float32]]:
     """Of all the ways in which blobs fall apart the one that promises most.
 
@@ -238,7 +278,7 @@ def separate_forest(
         See `instances`.
     post : Post
     opinion : callable
-        See `Opinion`.
+        See `Judge`.
     scene : Scene, optional
         See `instances`.
 
@@ -276,44 +316,11 @@ def candidates(mask: Mask, probs: Probs, post: Post) -> Forest:
     elif "contour" in probs:
         height = 1 - probs["contour"]
     else:
-        inside = depth(mask.astype(np.int32))
-        height = inside / max(float(inside.max(initial=0)), 1.0)
+        blobs = components(mask)
+        inside = depth(blobs)
+        deepest = np.append(np.float32(0), _best_inside(blobs, inside))[blobs]
+        height = (inside / np.maximum(deepest, 1)).astype(np.float32)
     return grow_forest(mask, height, _elevation(probs))
-
-
-def expected_quality(
-    labels: Labels, probs: Probs, post: Post, thresholds: Mapping[str, float], opinion: Opinion | None
-) -> NDArray[np.float32] | None:
-    """The quality expected of the nuclei 1..N that `instances` has made of the same, (N,) float32 in [0, 1].
-
-    None where they were not chosen by it.
-    """
-    if (chosen := _chosen(probs, post, thresholds, opinion)) is None:
-        return None
-    picked, expected = chosen
-    quality = np.zeros(int(labels.max(initial=0)) + 1, np.float32)
-    np.maximum.at(quality, labels.ravel(), expected[picked].ravel())
-    return quality[1:]
-
-
-def promise(probs: Probs, post: Post, thresholds: Mapping[str, float], opinion: Opinion | None) -> float:
-    """What the nuclei that `instances` chooses, before it removes any, are worth together, see `separate_forest`.
-
-    0 where no opinion chooses them.
-    """
-    if (chosen := _chosen(probs, post, thresholds, opinion)) is None:
-        return 0.0
-    picked, expected = chosen
-    return float((expected[np.unique(picked[picked > 0])] - post.min_quality).sum())
-
-
-def _chosen(
-    probs: Probs, post: Post, thresholds: Mapping[str, float], opinion: Opinion | None
-) -> tuple[Labels, NDArray[np.float32]] | None:
-    """As `separate_forest` gives it; None where `instances` goes another way."""
-    if not post.segmentation or _choose(post, probs, opinion)[1] != "forest":
-        return None
-    return separate_forest(_above(probs, thresholds, "semantic"), probs, post, opinion)
 
 
 #: (mask, markers, probs) -> labels
@@ -355,7 +362,7 @@ def _markers_from_color(mask: Mask, probs: Probs, post: Post, thresholds: Mappin
 
 
 def _markers_from_peaks(mask: Mask, probs: Probs, post: Post, thresholds: Mapping[str, float]) -> Labels:
-    """Peaks of the distance to the background, at least `seg_scale` times the typical diameter apart."""
+    """Peaks of the distance to the background, at least `seg_scale` times the root of the typical area apart."""
     peaks = np.zeros(mask.shape, bool)
     blobs = components(mask)
     sizes = np.sort(np.bincount(blobs.ravel())[1:])
@@ -364,8 +371,8 @@ def _markers_from_peaks(mask: Mask, probs: Probs, post: Post, thresholds: Mappin
     typical = sizes[: max(1, round(post.seg_ratio * sizes.size))].mean()
     apart = max(1, round(post.seg_scale * float(np.sqrt(typical))))
     # Smoothing joins the twin peaks of a flat ridge; the distance itself would make a marker of each.
-    depth = ndi.gaussian_filter(ndi.distance_transform_edt(mask), 1.0) * mask
-    found = peak_local_max(depth, min_distance=apart, labels=blobs, exclude_border=False)
+    ridges = ndi.gaussian_filter(ndi.distance_transform_edt(mask), 1.0) * mask
+    found = peak_local_max(ridges, min_distance=apart, labels=blobs, exclude_border=False)
     peaks[tuple(found.T)] = True
     return components(peaks)
 

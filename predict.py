@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,17 +18,16 @@ from torch import Tensor
 
 from candidate import Scene
 from confidence import Opinion
-from config import CHECKPOINT_KEYS, Config, Post, Valid
+from config import CHECKPOINT_KEYS, Config, Valid
 from detector import MaskRCNN
 from engine import LEAST_IMAGES, CompiledNetwork, compile_network, is_installed
 from footprint import measure_reach
 from helper import autocast, fingerprint, load_checkpoint, pick_device, pick_precision
 from labels import pile, typical_diameter
 from model import load_model, memory_format, place
-from mosaic import PADDING, Mosaic, Read, busiest, needs_tiles
+from mosaic import Mosaic, Read, busiest, needs_tiles, surround
 from network import HEAD_CHANNELS, Network
-from postprocess import Opinion as Judge
-from postprocess import clean, expected_quality, heads_read, instances, merge, merged_thresholds, promise, survey
+from postprocess import Separation, clean, heads_read, merge, merged_thresholds, separate, survey
 from tile import cut_blocks, join, round_zoom
 from view import View, combine, show, undo, unzoom_maps, zoom_image
 
@@ -37,8 +36,8 @@ Maps = dict[str, NDArray[np.float32]]
 Seen = Sequence[Maps]
 #: Most pixels of a batch of views: what is gained by a batch is lost in memory beyond it.
 BATCH_PIXELS = 2**20
-#: Most that an image is reduced and enlarged to bring its nuclei to one size.
-ZOOM_RANGE = (0.6, 2.0)
+#: Most that an image is reduced and enlarged to bring its nuclei to one size, in the steps of `tile.ZOOM_STEP`.
+ZOOM_RANGE = (0.625, 2.0)
 #: An image that wants a zoom between these stays as it is: networks are trained on many sizes, and among those nothing
 #: is gained (docs/ablation.md).
 NOT_WORTH = (0.45, 1.75)
@@ -51,6 +50,13 @@ N_LOOKS = 9
 TILE, DETECTOR_OVERLAP = 1024, 128
 #: Share of what an output depends on that two tiles have in common.
 REACH_SHARE = 0.99
+
+
+class Look(NamedTuple):
+    """A first look at an image as it is: its instances, and the view they were read off, but of a detector."""
+
+    found: Separation
+    seen: Seen = ()
 
 
 @dataclass(frozen=True)
@@ -104,11 +110,18 @@ class Segmenter:
         networks = self.networks
         return replace(self, compiled=[compile_network(network, self.precision) or network for network in networks])
 
+    @property
+    def weights(self) -> Sequence[float]:
+        """How much each network counts; one that is alone, as in training, counts, whatever is set."""
+        given = self.config.valid.ensemble_weights if len(self.networks) > 1 else ()
+        return given or [1.0] * len(self.networks)
+
     def for_labels(self) -> Segmenter:
         """One that gives the same instances, and maps of no other heads than they are read off."""
         if isinstance(self.networks[0], MaskRCNN):
             return self
-        heads = {head for network in self.networks for head in network.active}
+        counting = [network for network, weight in zip(self.networks, self.weights, strict=True) if weight]
+        heads = {head for network in counting for head in network.active}
         read = heads_read(heads, self.config.post, self.opinion and self.opinion.judge)
         networks = [copy(network) for network in self.networks]
         for network in networks:
@@ -119,15 +132,16 @@ class Segmenter:
         """The instances of an (H, W, 3) uint8 image, (H, W) int32, and the maps they were read off, as `probs` gives
         them; those of a detector are how sure it is that something is a nucleus."""
         probs, finish = self.begin(image)
-        return finish(), probs
+        return finish().labels, probs
 
-    def begin(self, image: NDArray[np.uint8]) -> tuple[Maps, Callable[[], NDArray[np.int32]]]:
+    def begin(self, image: NDArray[np.uint8]) -> tuple[Maps, Callable[[], Separation]]:
         """The maps of `predict`, and what gives its instances: work without a network, which any thread may do."""
         if isinstance(self.networks[0], MaskRCNN):
             labels, probs = self._detect(image, self.networks[0])
-            return probs, lambda: labels
-        probs = self.probs(image)
-        return probs, lambda: self.separate(probs)
+            return probs, lambda: Separation(labels)
+        members, found = self._members(image)
+        probs = self.merge(members)
+        return probs, lambda: found or self.separate(probs)
 
     def _detect(self, image: NDArray[np.uint8], network: MaskRCNN) -> tuple[NDArray[np.int32], Maps]:
         """As `predict`; a detector sees the image once, or its tiles, without border or other views."""
@@ -158,10 +172,12 @@ class Segmenter:
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """As `_detect_once`, tile by tile; what two tiles see of a nucleus is joined."""
         shape, valid = image.shape[:2], self.config.valid
-        margin = (valid.tile_overlap or DETECTOR_OVERLAP) // 2
+        margin = (valid.tile_overlap or min(DETECTOR_OVERLAP, valid.tile // 2)) // 2
+        if valid.tile <= 2 * margin:
+            raise ValueError(f"[valid] tile = {valid.tile}, tile_overlap = {valid.tile_overlap}: no room in a tile")
         labels, semantic = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         n_known = 0
-        for core in cut_blocks(shape, max(valid.tile - 2 * margin, 1)):
+        for core in cut_blocks(shape, valid.tile - 2 * margin):
             window = core.widen(margin, shape)
             seen, foreground = self._detect_once(image[window.slices], network)
             n_known = join(labels, seen, window, core, n_known)
@@ -178,17 +194,19 @@ class Segmenter:
 
         An image whose zoom was a mistake, by what the second opinion expects of its nuclei, is seen once more as it is.
         """
-        zoom, seen = self._look(image)
+        return self._members(image)[0]
+
+    def _members(self, image: NDArray[np.uint8]) -> tuple[list[Maps], Separation | None]:
+        """The members, and the instances where they had to be found already."""
+        zoom, look = self.look(image)
         if zoom != 1:
             members = self._see(image, zoom, self.config.valid)
-            if self.opinion is None or not seen or self._promise(members) >= LEAST_KEPT * self._promise(seen):
-                return members
-        return self._see(image, 1.0, self.config.valid, seen)
-
-    def _promise(self, members: Sequence[Maps]) -> float:
-        """See `postprocess.promise`."""
-        probs = self.merge(members)
-        return promise(probs, *self._rules(probs))
+            if self.opinion is None or look is None:
+                return members, None
+            found = self.separate(self.merge(members))
+            if found.promise >= LEAST_KEPT * look.found.promise:
+                return members, found
+        return self._see(image, 1.0, self.config.valid, look.seen if look else ()), None
 
     def _see(self, image: NDArray[np.uint8], zoom: float, valid: Valid, seen: Seen = ()) -> list[Maps]:
         """As `members`, at a zoom; in tiles where the enlarged image with its border is larger than one."""
@@ -242,40 +260,36 @@ class Segmenter:
 
     def merge(self, members: Sequence[Mapping[str, NDArray[np.float32]]]) -> Maps:
         """What the networks say together."""
-        valid = self.config.valid
-        weights = valid.ensemble_weights if len(members) > 1 else ()  # a network in training is alone, whatever is set
-        return merge(members, self.config.thresholds, valid.ensemble, weights)
+        return merge(members, self.config.thresholds, self.config.valid.ensemble, self.weights)
 
-    def zoom(self, image: NDArray[np.uint8]) -> float:
+    def look(self, image: NDArray[np.uint8]) -> tuple[float, Look | None]:
         """How many times to enlarge an (H, W, 3) uint8 image, so that its nuclei are of the size networks know best.
 
         A first look, one view of the image as it is, tells the typical diameter; 1 where it finds no nucleus. `members`
-        asks the second opinion whether it was right; of a huge image `zoom_of` has done so.
+        asks the second opinion whether it was right. That look is returned as well; None where samples were looked at,
+        as those of a huge image are (see `zoom_of`, which has asked), or nothing.
         """
-        return self._look(image)[0]
-
-    def _look(self, image: NDArray[np.uint8]) -> tuple[float, Seen]:
-        """The zoom, and what the first look has seen of the image as it is: its first view; nothing where it looked at
-        samples, or not at all."""
         if not self.config.pre.nucleus_diameter or not self.config.valid.pred_orig_size:
-            return 1.0, ()
+            return 1.0, None
         shape, side = image.shape[:2], self.config.valid.tile
         if side and shape[0] * shape[1] > N_LOOKS * side**2:
-            return self.zoom_of(lambda window: image[window.slices], shape)[0], ()
-        labels, seen = self._first_look(image)
-        return self.fit(typical_diameter(labels)), seen
+            return self.zoom_of(lambda window: image[window.slices], shape)[0], None
+        look = self._first_look(image)
+        return self.fit(typical_diameter(look.found.labels)), look
 
     def zoom_of(self, read: Read, shape: tuple[int, int]) -> tuple[float, NDArray[np.int32]]:
-        """As `zoom`, of a large image, by samples, unless they say that it was a mistake, as in `members`; and what
+        """As `look`, of a large image, by samples, unless they say that it was a mistake, as in `members`; and what
         the first look found there, as one label map."""
         samples = list(self._samples(read, shape))
-        looks = [self._first_look(sample) for sample in samples]
-        labels = pile([found for found, _ in looks])
+        looks = [self._first_look(sample).found for sample in samples]
+        labels = pile([found.labels for found in looks])
         zoom = self.fit(typical_diameter(labels))
         if zoom == 1 or self.opinion is None:
             return zoom, labels
-        first = sum(self._promise(seen) for _, seen in looks)
-        zoomed = sum(self._promise(self._see(sample, zoom, self.config.valid)) for sample in samples)
+        first = sum(found.promise for found in looks)
+        zoomed = sum(
+            self.separate(self.merge(self._see(sample, zoom, self.config.valid))).promise for sample in samples
+        )
         return zoom if zoomed >= LEAST_KEPT * first else 1.0, labels
 
     def _samples(self, read: Read, shape: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
@@ -294,40 +308,29 @@ class Segmenter:
         scene = survey(samples, config.post, thresholds)
         return scene if len(scene.areas) else None
 
-    def _first_look(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.int32], Seen]:
-        """The instances of an (H, W, 3) uint8 image as it is, from one view of it; and that view, but of a detector."""
+    def _first_look(self, image: NDArray[np.uint8]) -> Look:
+        """At an (H, W, 3) uint8 image, in one view of it."""
         if isinstance(self.networks[0], MaskRCNN):
-            return self.predict(image)[0], ()
+            return Look(Separation(self.predict(image)[0]))
         seen = self._see(image, 1.0, self.config.valid.model_copy(update={"test_time_augment": ()}))
-        return self.separate(self.merge(seen)), seen
+        return Look(self.separate(self.merge(seen)), seen)
 
     def fit(self, diameter: float) -> float:
         """How many times to enlarge an image whose typical nucleus is of that diameter (px); 1 where that is close to
         what is wanted, and without nuclei.
 
-        In the steps that tiles can have: whole or in tiles, an image is seen alike.
+        In the steps that tiles can have, so that an image is seen alike, whole or in tiles.
         """
         wanted = self.config.pre.nucleus_diameter
         if not diameter or not wanted or NOT_WORTH[0] <= wanted / diameter <= NOT_WORTH[1]:
             return 1.0
         return float(round_zoom(np.clip(wanted / diameter, *ZOOM_RANGE)))
 
-    def separate(self, probs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.int32]:
-        """The instances of probability maps by the rules of the settings, (H, W) int32."""
-        return instances(probs, *self._rules(probs), self.scene)
-
-    def quality(
-        self, labels: NDArray[np.int32], probs: Mapping[str, NDArray[np.float32]]
-    ) -> NDArray[np.float32] | None:
-        """What is expected of the instances 1..N that `separate` has made, (N,) float32 in [0, 1]; None where no second
-        opinion has chosen them."""
-        return expected_quality(labels, probs, *self._rules(probs))
-
-    def _rules(self, probs: Mapping[str, NDArray[np.float32]]) -> tuple[Post, Mapping[str, float], Judge | None]:
-        """What nuclei are separated by, beside the maps: settings, thresholds and opinion."""
+    def separate(self, probs: Mapping[str, NDArray[np.float32]]) -> Separation:
+        """The instances of probability maps by the rules of the settings."""
         config = self.config
         thresholds = merged_thresholds(probs, config.thresholds, config.valid.ensemble)
-        return config.post, thresholds, self.opinion and self.opinion.judge
+        return separate(probs, config.post, thresholds, self.opinion and self.opinion.judge, self.scene)
 
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
         """The instances of an image, (H, W) int32."""
@@ -369,8 +372,12 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
     networks = [place(load_model(c), device) for c in checkpoints]
     if len(networks) > 1 and any(isinstance(network, MaskRCNN) for network in networks):
         raise ValueError("a maskrcnn finds nuclei, not maps that could be averaged: no ensemble; name one checkpoint")
+    if len(networks) == 1 and configs[0].contour.exclusive:
+        raise ValueError(
+            f"{paths[0]}: was trained on contours alone; name it beside another checkpoint, as an ensemble"
+        )
     for network, other in zip(networks, configs, strict=True):
-        if len(networks) > 1 and other.contour.exclusive:
+        if other.contour.exclusive:
             network.active = ("contour",)  # all that it has learned; the others know the rest
         elif not other.contour.detect:
             network.active = tuple(head for head in network.heads if head != "contour")
@@ -472,9 +479,7 @@ def _pad(image: NDArray[np.uint8], valid: Valid, stride: int) -> tuple[NDArray[n
     height, width = image.shape[:2]
     border = -(-valid.border // stride) * stride
     bottom, right = border + -height % stride, border + -width % stride
-    mode, value = PADDING[valid.padding]
-    padded = cv2.copyMakeBorder(np.ascontiguousarray(image), border, bottom, border, right, mode, value=(value,) * 3)
-    return padded, (border, border)
+    return surround(image, (border, bottom, border, right), valid.padding), (border, border)
 
 
 def _to_tensor(image: NDArray[np.uint8], device: torch.device) -> Tensor:

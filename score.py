@@ -109,9 +109,26 @@ def write_scores(path: Path, scores: Iterable[Score]) -> None:
 
 
 def read_scores(path: Path) -> dict[str, float]:
-    """Image id -> mean average precision, from an ``iou.csv``; its rows of categories are left out."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return {r["image_id"]: float(r["mean_ap"]) for r in csv.DictReader(file) if not r["image_id"].startswith("[")}
+    """Image id -> mean average precision, from an ``iou.csv``; its rows of categories are left out.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such CSV.
+    ValueError
+        It has no columns image_id and mean_ap, or a score is no number.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; valid.py --iou writes it")
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        if not {"image_id", "mean_ap"} <= set(rows.fieldnames or ()):
+            raise ValueError(f"{path}: columns {rows.fieldnames}, wanted image_id and mean_ap, as of valid.py --iou")
+        try:
+            images = (row for row in rows if row["image_id"] != f"[{row.get('category')}]")
+            return {row["image_id"]: float(row["mean_ap"]) for row in images}
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: line {rows.line_num}: mean_ap is no number") from None
 
 
 def paired_difference(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil, prod, sqrt
 from pathlib import Path
@@ -13,6 +14,7 @@ import tifffile
 import zarr
 from numpy.typing import NDArray
 
+from columns import one_line
 from config import DEFAULT_POLICY, Policy
 from image import TIFF_MAGIC, ImageError, find_range, has_alpha, pick_channels, to_uint8
 from mosaic import N_PROBES, probe
@@ -122,7 +124,7 @@ def open_slide(path: str | Path, policy: Policy = DEFAULT_POLICY) -> Slide:
     except ImageError:
         raise
     except Exception as error:  # of whatever reads it
-        raise ImageError(f"{path}: not a slide that can be read: {' '.join(str(error).split())[:200]}") from None
+        raise ImageError(f"{path}: not a slide that can be read: {one_line(error)}") from None
     chunk = prod(getattr(pixels, "chunks", (1,)))
     if chunk > MOST_CHUNK:
         raise ImageError(
@@ -164,18 +166,25 @@ def _largest(file: tifffile.TiffFile) -> tifffile.TiffPageSeries:
 
 def _open_tiff(path: Path) -> tuple[Any, str, bool]:
     """Pixels, axes without those of one, and whether there is opacity."""
-    file = tifffile.TiffFile(path)
-    series = _largest(file)
-    level = series.levels[0]
-    page = level.keyframe
-    if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
-        raise ImageError(f"{path}: has a palette; save it as RGB")
-    if page.is_memmappable and len(level.pages) == 1:
-        pixels: Any = tifffile.memmap(path, series=file.series.index(series), level=0, mode="r")
-    else:
-        pixels = zarr.open(series.aszarr(level=0), mode="r")
-    pixels, axes = _squeeze(path, pixels, level.axes)
-    return pixels, axes, "S" in axes and has_alpha(page)
+    with ExitStack() as stack:
+        file = stack.enter_context(tifffile.TiffFile(path))
+        series = _largest(file)
+        level = series.levels[0]
+        page = level.keyframe
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+            raise ImageError(f"{path}: has a palette; save it as RGB")
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            raise ImageError(f"{path}: white is zero; save it with black as zero")
+        mapped = page.is_memmappable and len(level.pages) == 1
+        if mapped:
+            pixels: Any = tifffile.memmap(path, series=file.series.index(series), level=0, mode="r")
+        else:
+            pixels = zarr.open(series.aszarr(level=0), mode="r")
+        pixels, axes = _squeeze(path, pixels, level.axes)
+        alpha = "S" in axes and has_alpha(page)
+        if not mapped:
+            stack.pop_all()  # it is read from later
+        return pixels, axes, alpha
 
 
 def _open_zarr(path: Path) -> tuple[Any, str, bool]:
@@ -189,7 +198,8 @@ def _open_zarr(path: Path) -> tuple[Any, str, bool]:
     attributes: dict[str, Any] = dict(node.attrs)
     scales = attributes.get("ome", attributes).get("multiscales", [{}])[0]
     names = [axis["name"] if isinstance(axis, dict) else axis for axis in scales.get("axes", ())]
-    axes = "".join(names).upper() if len(names) == array.ndim else _guess_axes(array.shape)
+    axes = "".join(name[:1] for name in names).upper()  # c or channel, t or time
+    axes = axes if len(axes) == array.ndim else _guess_axes(array.shape)
     return *_squeeze(path, array, axes), False
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from skimage.color import rgb2hed
 
-from light import density, intensity
+from light import density, intensity, is_gray
 
 Image = NDArray[np.uint8]
 
@@ -26,11 +26,11 @@ AMOUNTS = np.array([1.9705, 1.0308])
 #: Mean and deviation of CIELAB over the tissue of 13 slides in hematoxylin and eosin (TCGA), stretched.
 LAB_MEAN, LAB_STD = np.array([50.1, 31.5, -13.8]), np.array([17.0, 7.2, 8.2])
 
-MIN_DENSITY, MAX_DENSITY = 0.15, 3.0  # optical density below which a pixel is no tissue, and above which it is clipped
+#: Optical density, of the natural logarithm, below which a pixel is no tissue, and above which it is clipped.
+MIN_DENSITY, MAX_DENSITY = 0.15, 3.0
 MIN_TISSUE = 100  # pixels from which stains can be told
 MIN_LIKENESS = 0.94  # cosine between a stain and that of the reference; below it, it is another dye
 MIN_ANGLE = 0.2  # radians between two stains; below it there is one
-GRAY_RANGE, COLORED_SHARE = 8, 0.01  # a pixel has a colour where its channels differ by more; an image where more do
 
 
 def see(image: Image, space: str = "rgb", normalize: str = "none") -> Image:
@@ -41,12 +41,6 @@ def see(image: Image, space: str = "rgb", normalize: str = "none") -> Image:
     if normalize != "none" and not is_gray(image):
         image = NORMALIZERS[normalize](image)
     return SPACES[space](image)
-
-
-def is_gray(image: Image) -> bool:
-    """Whether all but a hundredth of the pixels are without colour, up to what compression leaves behind."""
-    spread = image.max(axis=-1) - image.min(axis=-1)
-    return np.count_nonzero(spread > GRAY_RANGE) <= COLORED_SHARE * spread.size
 
 
 def normalize_macenko(image: Image) -> Image:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from config import Policy
 from image import Pixels, read_image, read_labels, write_pixels
 from labels import adjacency, relabel, remove_small, split_fragments
 from record import Record, derive_record
+from score import read_scores
 
 #: In the id of every image that is made here; such images are no material for others.
 MARK = "_stitch_"
@@ -88,21 +88,10 @@ def pick_worst(path: str | Path, records: Sequence[Record], keep: int) -> list[R
 
     Raises
     ------
-    FileNotFoundError
-        There is no such CSV.
-    ValueError
-        It has no columns image_id and mean_ap, a score is no number, or none of its images is among the records.
+    FileNotFoundError, ValueError
+        As `score.read_scores`; or none of its images is among the records.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; valid.py --iou writes it")
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        if not {"image_id", "mean_ap"} <= set(rows.fieldnames or ()):
-            raise ValueError(f"{path}: columns {rows.fieldnames}, wanted image_id and mean_ap, as of valid.py --iou")
-        try:
-            scores = {row["image_id"]: float(row["mean_ap"]) for row in rows}
-        except (TypeError, ValueError):
-            raise ValueError(f"{path}: line {rows.line_num}: mean_ap is no number") from None
+    scores = read_scores(Path(path))
     known = [record for record in records if record.id in scores]
     if not known:
         raise ValueError(f"{path}: none of its {len(scores)} images is among the {len(records)} of the folder")

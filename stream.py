@@ -34,8 +34,8 @@ from candidate import Scene
 from detector import MaskRCNN
 from files import is_filled, replacing
 from helper import fingerprint
-from labels import typical_area
 from mosaic import Maps, Mosaic
+from postprocess import least_area
 from predict import Segmenter
 from slide import Slide
 from tile import Window, claim, cut_blocks, round_zoom
@@ -313,7 +313,7 @@ def fill_ledger(slide: Slide, segmenter: Segmenter, part: Path, key: str) -> tup
     tiles = TileFiles(part / "tiles", mosaic)
 
     def separate(window: Window) -> NDArray[np.int32]:
-        return steady.separate(steady.merge(mosaic.blend(window, tiles.get)))
+        return steady.separate(steady.merge(mosaic.blend(window, tiles.get))).labels
 
     run_blocks(ledger, separate, valid.slide_block, valid.slide_halo, tiles.prepare, tiles.forget)
     return ledger, done
@@ -386,7 +386,7 @@ def make_plan(slide: Slide, segmenter: Segmenter, part: Path, key: str) -> dict[
         return plan
     found, labels = segmenter.zoom_of(slide.read, slide.shape)
     zoom, post = round_zoom(found), segmenter.config.post
-    least = max(post.min_object_size, round(post.min_object_share * typical_area(labels)))
+    least = least_area(labels, post)
     plan = {"generator": GENERATOR, "key": key, "image": str(slide.path), "shape": slide.shape}
     scene = segmenter.scene_of(slide.read, slide.shape, float(zoom))
     plan |= {"zoom": str(zoom), "min_object_size": least, "scene": scene and (*scene[:2], scene.areas.tolist())}
@@ -396,7 +396,8 @@ def make_plan(slide: Slide, segmenter: Segmenter, part: Path, key: str) -> dict[
 
 
 def settle(segmenter: Segmenter, plan: dict[str, Any]) -> Segmenter:
-    """With rules that do not depend on what else a block holds."""
+    """With rules that do not depend on what else a block holds, but for the contrast that the random walker measures
+    and the typical size between peaks (``[post] policy = rw``, ``marker = peak``)."""
     rules = {"min_object_size": plan["min_object_size"], "min_object_share": 0.0, "filter_fiber": False}
     config, scene = segmenter.config, None
     if plan["scene"]:

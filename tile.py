@@ -14,7 +14,8 @@ from scipy import ndimage
 from labels import Labels
 
 #: Zooms of tiled images are whole sixteenths: then a tile can begin where a pixel of the image and of its enlargement
-#: begin together, and be resampled by itself to the very pixels that the whole image would give.
+#: begin together, and be resampled by itself to the pixels that the whole image would give: the very same where the
+#: enlarged side is a whole number, and a fraction of a pixel off at the far end where it has to be rounded.
 ZOOM_STEP = 16
 #: Of how many diameters of the lesser of two parts the border between them is, at least, where both are one nucleus: a
 #: disk cut in its middle has 1.4, disks whose middles are one and a half radii apart have 0.7.
@@ -125,7 +126,7 @@ def spread(length: int, side: int, overlap: int, step: int = 1) -> list[Span]:
     if free < step:
         raise ValueError(
             f"tiles of {side} pixels that share {overlap}: wanted at least {step} more than they share; raise [valid] "
-            "tile, lower tile_overlap, or leave double and scales out of test_time_augment"
+            "tile, set a smaller tile_overlap, or leave double and scales out of test_time_augment"
         )
     n = -(-(length - overlap) // free)
     side = -(-(length + overlap * (n - 1)) // (n * step)) * step
@@ -192,6 +193,8 @@ def plan_strips(
     for start, stop in spread(covered, side, max(overlap, 2 * p if p > 1 else 1), stride):
         view = Span(start - border, stop - border)
         crop = Span(-(-max(view.start, 0) // p) * p, min(view.stop, enlarged) // p * p)
+        if crop.length <= 0:  # a tile of nothing but border
+            continue
         grown = Span(crop.start // p * q, crop.stop // p * q)
         source = Span((view.start * q // p - _REACH) // q * q, -(-(-(-view.stop * q // p) + _REACH) // q) * q)
         if zoom == 1:

@@ -4,7 +4,7 @@
     python train.py --no-resume --epoch 200          start anew, for 200 epochs
     python train.py --minutes 60                     the schedule follows the clock
     python train.py --init other.pkl --lr 2e-4       fine-tune
-    python train.py --set param.model=caunet --set dataset.valid_ids=valid_ids.txt
+    python train.py --set param.model=caunet --set dataset.valid_ids=docs/valid_ids.txt
     torchrun --nproc-per-node 4 train.py             four GPUs; see the README for several machines
 
 Reads data/train (and data/valid, or splits by [dataset] cv_ratio or valid_ids); writes checkpoints and a
@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import parallel
-from config import CHECKPOINT_KEYS, Config
+from config import CHECKPOINT_KEYS, Config, pick
 from dataset import build_loader, open_cache
 from detector import MaskRCNN
 from division import format_epoch, load_split
@@ -42,14 +42,15 @@ from helper import (
     set_aside,
 )
 from image import Cache, ImageError
+from loss import Criterion
 from metric import pixel_iou
 from model import build_model, load_model, model_options, place
 from network import Network
 from pipeline import ordered
-from postprocess import Labels, Probs
+from postprocess import Probs, Separation
 from predict import Segmenter
 from record import Record
-from schedule import plan_stretch
+from schedule import SCHEDULES, plan_stretch
 from score import Score, score_image, summarize
 from target import make_targets, plan_targets
 from trainer import Trainer, log_graph, pick_rules
@@ -68,6 +69,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         fresh = _initialize(model, args.init) if args.init else list(model.state_dict())
         _load_encoder(model, config, fresh)
 
+    _rehearse(model, config, args)
     cache = open_cache(config, args.data)
     train, valid = load_split(args.data, config.dataset)
     train, valid, n_bad = _read_all(train, valid, cache, config)
@@ -76,7 +78,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     evaluate = _make_evaluate(valid, cache, config, device, as_predicted) if valid else None
     teacher = _load_teacher(config, model, device)
     trainer = Trainer(model, loader, config, args.checkpoint_dir, device, precision, evaluate, teacher)
-    _rehearse(trainer)
+    loader.dataset.item(0, 0)
 
     if state is not None:
         trainer.restore(state)
@@ -209,10 +211,12 @@ def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: 
     valid = config.valid.model_copy(update={"test_time_augment": ()})
     once = config.model_copy(update={"valid": valid, "pre": config.pre.model_copy(update={"nucleus_diameter": 0.0})})
 
-    def judge(item: tuple[Record, Probs, Callable[[], Labels]]) -> tuple[Score, dict[str, float]]:
+    def judge(item: tuple[Record, Probs, Callable[[], Separation]]) -> tuple[Score, dict[str, float]]:
         record, probs, finish = item
         assert record.masks is not None
-        truth, labels = np.asarray(cache.labels(record.image, record.masks)), finish()
+        truth = np.asarray(cache.labels(record.image, record.masks))
+        # Where the contour alone is trained there are no nuclei to find.
+        labels = np.zeros_like(truth) if config.contour.exclusive else finish().labels
         targets = make_targets(truth, plan_targets(tuple(probs), config.pre, config.contour))
         sure = {head: p.max(0) if p.ndim == 3 else p for head, p in probs.items()}
         ious = {head: pixel_iou(targets[head][0] > 0.5, p > config.thresholds[head]) for head, p in sure.items()}
@@ -225,18 +229,19 @@ def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: 
         scores, ious = zip(*parallel.merge(list(ordered(judge, seen, config.train.n_worker))), strict=True)
         row = summarize(scores)["all"]
         each = {f"iou/{head}": float(np.mean([of_image[head] for of_image in ious])) for head in ious[0]}
-        # Where the contour alone is trained there are no nuclei to find.
-        best = each["iou/contour"] if config.contour.exclusive else row["score"]
-        return {"score": best, "ap50": row["ap50"], **each}
+        if config.contour.exclusive:
+            return {"score": each["iou/contour"], **each}
+        return {"score": row["score"], "ap50": row["ap50"], **each}
 
     return evaluate
 
 
-def _rehearse(trainer: Trainer) -> None:
-    """Make one sample and separate one blank image, so that a wrong name in the settings is known before anything
-    else."""
-    trainer.loader.dataset.item(0, 0)
-    Segmenter([trainer.average], trainer.config, trainer.device, torch.float32)(np.zeros((32, 32, 3), np.uint8))
+def _rehearse(model: Network, config: Config, args: argparse.Namespace) -> None:
+    """Use what the settings name on one blank image, so that a wrong name is known before any image is read."""
+    Criterion(pick_rules(config, model.heads))
+    pick(SCHEDULES, config.train.schedule, "schedule")
+    plan_stretch(0, None, args.epoch, args.minutes, config.train)
+    Segmenter([model.eval()], config, model.mean.device, torch.float32)(np.zeros((32, 32, 3), np.uint8))
 
 
 def _initialize(model: Network, path: Path) -> list[str]:

@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import parallel
+from columns import one_line
 from config import Config, Train, pick
 from dataset import Batch, Loader, Piece
 from detector import MaskRCNN
@@ -138,6 +139,7 @@ class Trainer:
         self.best = -math.inf
         self.scores: dict[str, float] = {}
         self.judged = 0
+        self.lasted = 0.0  # seconds, of the last epoch; what the next one may take
 
     # State
 
@@ -226,7 +228,7 @@ class Trainer:
         with closing(self.loader.epoch(self.epoch)) as batches, autotuned_convolutions():
             for i, (parts, waited) in enumerate(_timed(batches, steps)):
                 progress = self._progress(i / len(steps), spent + time.monotonic() - began)
-                if self.stretch.minutes and progress >= 1:
+                if self.stretch.minutes and progress >= 1 and (i or spent):  # one step at least in a stretch
                     break
                 self._set_rates(progress)
                 self._train_step(parts, meters)
@@ -235,13 +237,14 @@ class Trainer:
                 if i % self.config.train.print_freq == 0:
                     tqdm.write(meters.settle().line(self.epoch + 1, i, len(steps)))
         bar.close()
-        self._end_epoch(meters.settle().means(), spent + time.monotonic() - began, log)
+        self.lasted = time.monotonic() - began
+        self._end_epoch(meters.settle().means(), spent + self.lasted, log)
 
     def _start_epoch(self) -> None:
         """Freeze or thaw the encoder, and wrap the network in what a step calls where that has changed; near the end of
         the stretch, change images less."""
-        done = self.stretch.progress(self.epoch, self.stretch.elapsed)
-        self.loader.dataset.calm = done >= 1 - self.config.train.calm_share
+        middle = self.stretch.progress(self.epoch + 0.5, self.stretch.elapsed + self.lasted / 2)
+        self.loader.dataset.calm = middle >= 1 - self.config.train.calm_share
         frozen = self.epoch < self.thaw_epoch
         if self.learner is None or frozen != self.model.frozen:
             self.model.freeze(frozen)
@@ -269,7 +272,7 @@ class Trainer:
             parallel.average(norm_statistics(network))
         self.epoch += 1
         self.stretch = replace(self.stretch, elapsed=parallel.from_main(lambda: elapsed))
-        if log is not None:
+        if log is not None and means:
             for name, value in means.items():
                 log.add_scalar(f"train/{name}", value, self.epoch)
             log.add_scalar("train/learn_rate", self.optimizer.param_groups[-1]["lr"], self.epoch)
@@ -297,9 +300,10 @@ class Trainer:
         batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         image = batch.pop("image").contiguous(memory_format=memory_format(self.device))
         losses, logits = self.learner(image, batch)
-        total = sum_losses(losses)
+        total = torch.stack(list(losses.values())).sum()
         # The mean over the processes is taken of what is to be summed.
         self.scaler.scale(total * (piece.n / piece.n_step * parallel.world())).backward()
+        refuse_infinite(losses)  # not before the gradients, for which a GPU would have to wait
         counts = [count_pixels(logits[head], batch[head]) for head in self.criterion.terms]
         noted = torch.stack([total.detach().new_tensor(piece.n), piece.n * total.detach()])
         return torch.cat([noted, *(bool(piece.n) * count for count in counts)])
@@ -381,6 +385,9 @@ class Meters:
         )
 
     def means(self) -> dict[str, float]:
+        """The mean loss, and the pixel IoU of each head; nothing where there was no step."""
+        if not self.loss.count:
+            return {}
         return {"loss": self.loss.mean, **{f"iou/{head}": m.mean for head, m in self.iou.items()}}
 
 
@@ -452,7 +459,7 @@ def log_graph(log: SummaryWriter, network: Network) -> None:
             warnings.simplefilter("ignore")  # about what a trace must not be used for; this one is looked at
             log.add_graph(network, image, use_strict_trace=False)
     except Exception as error:  # whatever a network of some library does that a trace cannot follow
-        logger.warning("no graph in the TensorBoard log: %s", " ".join(str(error).split())[:160])
+        logger.warning("no graph in the TensorBoard log: %s", one_line(error))
 
 
 def group_parameters(model: Network, encoder_rate: float) -> list[dict[str, Any]]:
@@ -492,13 +499,12 @@ def pick_rules(config: Config, heads: tuple[str, ...]) -> dict[str, str]:
     return {head: getattr(config.loss, head) for head in wanted if head != "instance"}  # a detector brings its own
 
 
-def sum_losses(losses: Mapping[str, Tensor]) -> Tensor:
-    """The total; a term that is not finite is an error that names its head."""
-    total = torch.stack(list(losses.values())).sum()
-    if not torch.isfinite(total):
-        broken = [name for name, value in losses.items() if not torch.isfinite(value)]
+def refuse_infinite(losses: Mapping[str, Tensor]) -> None:
+    """A term that is not finite is an error that names its head."""
+    finite = torch.isfinite(torch.stack([value.detach() for value in losses.values()])).tolist()
+    if not all(finite):
+        broken = [name for name, fine in zip(losses, finite, strict=True) if not fine]
         raise ValueError(f"the loss {', '.join(broken)} is not finite; a lower [param] learn_rate may help")
-    return total
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import collage
 import color
 from color import Image, Rng
 from config import Pre
+from labels import split_fragments
 
 #: Most that a training image is reduced and enlarged to bring its nuclei to one size.
 EQUAL_RANGE = (0.4, 3.0)
@@ -86,7 +87,7 @@ class Warp:
         return target @ self.linear.T.astype(np.float32) + self.center.astype(np.float32)
 
     def apply(self, sample: Sample, precise: bool = False) -> Sample:
-        """Read the crop; what lies outside the source is its mirror image.
+        """Read the crop; what lies outside the source is its mirror image, and a nucleus there one of its own.
 
         Parameters
         ----------
@@ -100,16 +101,29 @@ class Warp:
         x, y = xy[..., 0], xy[..., 1]  # one by one: numpy is slow along an axis of two
         low = np.floor([x.min(), y.min()]).astype(int) - 2
         high = np.ceil([x.max(), y.max()]).astype(int) + 3
+        inside = (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
         x0, y0 = np.clip(low, 0, [max(width - 2, 0), max(height - 2, 0)])
         x1, y1 = np.clip(high, [x0 + 1, y0 + 1], [width, height])
         xy -= np.array([x0, y0], np.float32)
         image = _smooth(np.ascontiguousarray(sample.image[y0:y1, x0:x1]), abs(np.linalg.det(self.linear)) ** 0.5)
         labels = np.ascontiguousarray(sample.labels[y0:y1, x0:x1])
+        labels = _warp_each(labels, xy) if precise else _warp_nearest(labels, xy)
         return replace(
             sample,
             image=cv2.remap(image, xy, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101),
-            labels=_warp_each(labels, xy) if precise else _warp_nearest(labels, xy),
+            labels=labels if inside.all() else _number_copies(labels, inside),
         )
+
+
+def _number_copies(labels: NDArray[np.int32], inside: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """What lies in the mirror images alone gets ids of its own, piece by piece; (H, W) both."""
+    pieces = split_fragments(labels, connectivity=2)
+    ids = np.zeros(pieces.max() + 1, np.int32)
+    ids[pieces] = labels
+    copies = ids > 0
+    copies[pieces[inside]] = False
+    ids[copies] = ids.max() + 1 + np.arange(copies.sum())
+    return ids[pieces]
 
 
 def _smooth(image: Image, step: float) -> Image:
@@ -177,8 +191,9 @@ def _crop(warp: Warp, rng: Rng, pre: Pre) -> Warp:
 def _cut(image: Image, width: int, rng: Rng) -> Image:
     """A square of `width` from anywhere in an image; one that is smaller is enlarged first."""
     height, across = image.shape[:2]
-    if min(height, across) < width:
-        return np.asarray(cv2.resize(image, (width, width), interpolation=cv2.INTER_LINEAR), np.uint8)
+    if (factor := width / min(height, across)) > 1:
+        height, across = max(round(height * factor), width), max(round(across * factor), width)
+        image = np.asarray(cv2.resize(image, (across, height), interpolation=cv2.INTER_LINEAR), np.uint8)
     y, x = rng.integers(height - width + 1), rng.integers(across - width + 1)
     return image[y : y + width, x : x + width]
 
@@ -226,11 +241,12 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "illumination": Augmentation(color.illuminate, "image", "illumination"),
     "blur": Augmentation(color.blur, "image", "blur"),
     "add_noise": Augmentation(color.noise, "image", "add_noise"),
+    "compress": Augmentation(color.compress, "image", "compress", rgb=True),
 }
 
 
 #: What is off in the last epochs ([train] calm_share): what it teaches stays, and images look again as they do.
-CALMED = ("fade_nuclei", "channel_shuffle", "color_space_shift", "color_invert", "blur", "add_noise")
+CALMED = ("fade_nuclei", "channel_shuffle", "color_space_shift", "color_invert", "blur", "add_noise", "compress")
 
 
 def calm(pre: Pre) -> Pre:
@@ -253,7 +269,7 @@ def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sa
     Notes
     -----
     Without ``random_crop`` the whole image is squeezed into the square, as a network of fixed input size needs it.
-    Labels keep their ids; those that fall outside are gone, and nuclei that are pasted get new ones.
+    Labels keep their ids; those that fall outside are gone, and mirror images and nuclei that are pasted get new ones.
     """
     fitting = [row for row in AUGMENTATIONS.values() if pre.color_space == "rgb" or not row.rgb]
     rows = [row for row in fitting if getattr(pre, row.switch)]

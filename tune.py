@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from confidence import Opinion, learn
-from config import CHECKPOINT_KEYS, Config
+from config import CHECKPOINT_KEYS, Config, look_up
 from detector import MaskRCNN
 from division import group_records, recall_side
 from helper import (
@@ -194,8 +194,13 @@ def refuse_nonsense(config: Config, args: argparse.Namespace, paths: Sequence[Pa
     if args.export is not None and (args.dry_run or len(paths) > 1):
         why = "--dry-run writes nothing" if args.dry_run else "it writes one network, several are named"
         raise ValueError(f"--export {args.export}: {why}")
-    if DEFAULT_WEIGHTS in paths and not args.dry_run:
-        raise ValueError(f"{DEFAULT_WEIGHTS} ships with the toolkit and is not changed; tune a copy, or say --dry-run")
+    ships = [path for path in paths if path.resolve().parent == DEFAULT_WEIGHTS.resolve().parent]
+    if ships and not args.dry_run:
+        raise ValueError(f"{ships[0]} ships with the toolkit and is not changed; tune a copy, or say --dry-run")
+    if args.export is not None and args.export.resolve() in [path.resolve() for path in paths]:
+        raise ValueError(
+            f"--export {args.export}: is what is tuned, and holds more than the network; name another file"
+        )
     if all(key in config.user_set for key in GRID):
         raise ValueError("everything that could be tuned is set by the settings")
     if config.post.policy == "forest":
@@ -213,7 +218,7 @@ def chosen(config: Config) -> dict[str, object]:
         "valid.ensemble_weights",
     } & config.user_set
     dump = config.to_dict()
-    return {key: dump[key.split(".")[0]][key.split(".")[1]] for key in sorted(keys)}
+    return {key: look_up(dump, key) for key in sorted(keys)}
 
 
 def predict_cases(segmenter: Segmenter, config: Config, records: Sequence[Record]) -> Iterator[Case]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from candidate import describe
 from confidence import Opinion, learn
-from config import Config
+from config import Config, look_up
 from labels import relabel
 from metric import average_precision
 from postprocess import Probs, candidates, instances, merge, merged_thresholds
@@ -155,7 +155,7 @@ class Tuner:
     def start(self) -> Choice:
         """What the settings say now of everything that is searched."""
         dump = self.config.model_dump()
-        return tuple((key, dump[key.split(".")[0]][key.split(".")[1]]) for key in self.grid)
+        return tuple((key, look_up(dump, key)) for key in self.grid)
 
     def scores(self, choice: Choice) -> NDArray[np.float64]:
         """The score of each image under a choice, (N,) float64."""

@@ -47,12 +47,13 @@ from stream import segment_slide
 
 @dataclass
 class Result:
-    """One image, predicted: `probs` head -> (H, W) or (C, H, W), `labels` and `truth` (H, W) int32."""
+    """One image, predicted: `probs` head -> (H, W) or (C, H, W), `labels` and `truth` (H, W) int32, `quality` (N,)."""
 
     record: Record
     image: NDArray[np.uint8]
     probs: dict[str, NDArray[np.float32]]
     labels: NDArray[np.int32]
+    quality: NDArray[np.float32] | None
     truth: NDArray[np.int32] | None
 
     @cached_property
@@ -72,6 +73,13 @@ class Tally:
     lines: list[tuple[str, str]] = field(default_factory=list)  # id and text; of many processes, printed at the end
     runs: list[tuple[str, list[str]]] = field(default_factory=list)  # id and nuclei for the CSV, likewise
 
+    def tell(self, image_id: str, line: str) -> None:
+        """Print a line about an image; of many processes, the main one will."""
+        if parallel.world() > 1:
+            self.lines.append((image_id, line))
+        else:
+            tqdm.write(line)
+
 
 def run(config: Config, args: argparse.Namespace) -> int:
     prepare_process()
@@ -84,6 +92,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     records, slides = part_slides(chosen, args, config.valid.slide_size)
     if args.iou and all(record.masks is None for record in records):
         raise ValueError("--iou: none of the images has masks to be scored against")
+    refuse_overwriting(records, args)
     if records and parallel.world() > 1 and draws(args) and not args.save:
         raise ValueError(f"{parallel.world()} processes show no figures; say --save, --csv, or what else to write")
 
@@ -92,7 +101,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
         segmenter = segmenter.for_labels()
     segmenter = segmenter.for_many(len(records) + LEAST_IMAGES * len(slides))
     stream_slides(parallel.share(slides), segmenter, args, tally)
-    delivered = deliver(predict_all(parallel.share(records), segmenter, tally), segmenter, args, tally)
+    delivered = deliver(predict_all(parallel.share(records), segmenter, tally), segmenter.config, args, tally)
     runs: Iterable[tuple[str, list[str]]]
     runs = ((image_id, encode_rle(labels) if args.csv else []) for image_id, labels in delivered)
     if parallel.world() > 1:
@@ -121,6 +130,19 @@ def run(config: Config, args: argparse.Namespace) -> int:
 def draws(args: argparse.Namespace) -> bool:
     """Whether figures are asked for, or nothing else."""
     return args.save or not any(getattr(args, name) for name in ("csv", "iou", *WRITERS))
+
+
+def refuse_overwriting(records: Sequence[Record], args: argparse.Namespace) -> None:
+    """Results never take the place of the images they are of, nor of their masks."""
+    folder = (args.output or args.data / "predict").resolve()
+    suffixes = [suffix for suffix, wanted in ((".png", args.save), (".tif", args.label)) if wanted]
+    for record in records if suffixes or args.mask else ():
+        written = {folder / f"{record.id}{suffix}" for suffix in suffixes}
+        masks = record.masks[:1] if isinstance(record.masks, tuple) else (record.masks,)
+        for path in (record.image, *masks):
+            there = path and path.resolve()
+            if there in written or (args.mask and there and there.parent == folder / record.id / "masks"):
+                raise ValueError(f"{path}: would be replaced by a result; choose another --output")
 
 
 def bring_together(tallies: Sequence[Tally], records: Sequence[Record]) -> Tally:
@@ -185,9 +207,10 @@ def stream_slides(slides: Sequence[Record], segmenter: Segmenter, args: argparse
         tally.images += 1
         tally.nuclei += found.nuclei
         earlier = f", {found.done} of them done before" if found.done else ""
-        print(
+        tally.tell(
+            record.id,
             f"{' and '.join(map(str, found.files))}: {found.nuclei} nuclei in {slide.shape[0]} x {slide.shape[1]} "
-            f"pixels, {found.blocks} blocks{earlier}, {time.monotonic() - began:.1f} s"
+            f"pixels, {found.blocks} blocks{earlier}, {time.monotonic() - began:.1f} s",
         )
 
 
@@ -232,16 +255,24 @@ def _finish(item: Refusal | tuple) -> Refusal | Result:
     if isinstance(item, Refusal):
         return item
     record, image, truth, probs, finish = item
-    return Result(record, image, probs, finish(), truth)
+    found = finish()
+    return Result(record, image, probs, found.labels, found.quality, truth)
 
 
 def deliver(
-    results: Iterable[Result], segmenter: Segmenter, args: argparse.Namespace, tally: Tally
+    results: Iterable[Result], config: Config, args: argparse.Namespace, tally: Tally
 ) -> Iterator[tuple[str, NDArray[np.int32]]]:
     """Score, export and draw each result as the command line asks, and hand on its id and labels."""
-    config, writers = segmenter.config, [name for name in WRITERS if getattr(args, name)]
+    writers = [name for name in WRITERS if getattr(args, name)]
     folder = args.output or args.data / "predict"
     for result in results:
+        if draws(args):
+            figure = draw(result, config)
+            if args.save:
+                plot.save(figure, folder / f"{result.record.id}.png")
+            elif not plot.show(figure, config.valid.figure_position):
+                print("No display here: --save writes the figures to files")
+                return
         tally.images += 1
         tally.nuclei += int(result.labels.max(initial=0))
         if result.score is not None:
@@ -250,21 +281,9 @@ def deliver(
             score = (
                 "" if result.score is None else f"  mAP {result.score.mean_precision:.4f}  IoU {result.score.iou:.4f}"
             )
-            line = f"{result.record.id}  {result.labels.max(initial=0)} nuclei{score}"
-            if parallel.world() > 1:
-                tally.lines.append((result.record.id, line))
-            else:
-                tqdm.write(line)
-        quality = segmenter.quality(result.labels, result.probs) if args.geojson else None
+            tally.tell(result.record.id, f"{result.record.id}  {result.labels.max(initial=0)} nuclei{score}")
         for name in writers:
-            WRITERS[name](folder, result.record.id, result.labels, quality)
-        if draws(args):
-            figure = draw(result, config)
-            if args.save:
-                plot.save(figure, folder / f"{result.record.id}.png")
-            elif not plot.show(figure, config.valid.figure_position):
-                print("No display here: --save writes the figures to files")
-                return
+            WRITERS[name](folder, result.record.id, result.labels, result.quality)
         yield result.record.id, result.labels
 
 

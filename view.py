@@ -94,7 +94,7 @@ def _chain(views: Iterable[View]) -> View:
 
 
 def zoom_image(image: Image, zoom: float) -> Image:
-    """Enlarge an (H, W, 3) image, to at least one pixel."""
+    """Enlarge an (H, W, 3) uint8 image, to at least one pixel."""
     if zoom == 1:
         return image
     size = [max(round(side * zoom), 1) for side in image.shape[1::-1]]
@@ -102,7 +102,7 @@ def zoom_image(image: Image, zoom: float) -> Image:
 
 
 def unzoom_maps(maps: Maps, shape: tuple[int, int]) -> Maps:
-    """Bring (h, w) or (C, h, w) maps back to the (height, width) of the image."""
+    """Bring (h, w) or (C, h, w) float32 maps back to the (height, width) of the image."""
     if maps.shape[-2:] == shape:
         return maps
     if maps.ndim == 2:
@@ -112,13 +112,13 @@ def unzoom_maps(maps: Maps, shape: tuple[int, int]) -> Maps:
 
 
 def show(image: Image, view: View) -> Image:
-    """What a network sees of an (H, W, 3) image that is enlarged already."""
+    """What a network sees of an (H, W, 3) uint8 image that is enlarged already."""
     image = COLORS[view.color](np.ascontiguousarray(image)) if view.color else image
     image = image[:, ::-1] if view.mirrored else image
     return np.ascontiguousarray(np.rot90(image, view.turns))
 
 
 def undo(maps: Maps, view: View) -> Maps:
-    """Turn and mirror the (C, h, w) maps of a view back."""
+    """Turn and mirror the (C, h, w) float32 maps of a view back."""
     maps = np.rot90(maps, -view.turns, (-2, -1))
     return maps[..., ::-1] if view.mirrored else maps

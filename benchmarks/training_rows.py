@@ -25,7 +25,7 @@ from loss import Criterion
 from model import build_model, place
 from network import Network
 from schedule import Stretch
-from trainer import Trainer, pick_rules, sum_losses
+from trainer import Trainer, pick_rules
 
 CPU = torch.device("cpu")
 MODEL = "camunet"
@@ -150,7 +150,7 @@ def _plain_training(network: nn.Module, batch: Batch, config: Config) -> Callabl
 
     def run() -> float:
         network.train()
-        total = sum_losses(criterion(network(batch["image"]), targets))
+        total = torch.stack(list(criterion(network(batch["image"]), targets).values())).sum()
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(network.parameters(), config.train.clip_norm)

@@ -22,10 +22,9 @@ from columns import align
 from config import load_config
 from division import recall_side
 from image import Pixels, as_seen, read_image, read_labels
-from light import density, intensity
+from light import density, intensity, is_gray
 from predict import Segmenter, load_segmenter
 from score import score_image
-from stain import is_gray
 
 Image = NDArray[np.uint8]
 Look = Callable[[Image, np.random.Generator], NDArray]

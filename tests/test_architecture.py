@@ -18,11 +18,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "outline", "likeness", "download", "paint",
     ),
     (
-        "division", "confidence", "link", "piece", "plot", "score", "stitching", "audit", "survey",
-        "synthetic", "mosaic",
+        "division", "confidence", "link", "piece", "plot", "score", "audit", "survey", "synthetic", "mosaic",
     ),
-    ("dataset", "model", "tuning", "slide", "collect"),
-    ("predict", "trainer", "report"),
+    ("dataset", "model", "tuning", "slide", "collect", "stitching"),
+    ("predict", "trainer"),
     ("stream",),
     ("train", "valid", "split", "prepare", "crop", "stitch", "tune"),
 )  # fmt: skip

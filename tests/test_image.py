@@ -70,6 +70,7 @@ EIGHT_BIT = {
     "channels.tif": (save_tiff, np.moveaxis(RGB, -1, 0), {"imagej": True, "metadata": {"axes": "CYX"}}, RGB),
     "samples.tif": (save_tiff, RGB, {"photometric": "minisblack", "planarconfig": "contig"}, RGB),
     "one_page.tif": (save_tiff, GRAY[None, None], {"ome": True, "metadata": {"axes": "TZYX"}}, GRAY_AS_RGB),
+    "white_is_zero.tif": (save_tiff, ~GRAY, {"photometric": "miniswhite"}, GRAY_AS_RGB),
     "1bit.tif": (save_tiff, GRAY > 99, {}, np.where(GRAY_AS_RGB > 99, 255, 0)),
     "1bit_fax.tif": (save, GRAY > 99, {"compression": "group4"}, np.where(GRAY_AS_RGB > 99, 255, 0)),
     "rgb.bmp": (save, RGB, {}, RGB),

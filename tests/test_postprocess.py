@@ -15,10 +15,9 @@ from postprocess import (
     MARKERS,
     POLICIES,
     candidates,
-    expected_quality,
     heads_read,
     instances,
-    promise,
+    separate,
     separate_walker,
 )
 from synthetic import draw_sample
@@ -395,6 +394,16 @@ def test_a_forest_wants_an_opinion():
         instances(probs, Post(policy="forest"), HALF)
 
 
+def test_candidates_of_a_blob_do_not_depend_on_what_else_there_is():
+    """Where shape alone tells nuclei apart, two small disks are told apart beside a mass of any size."""
+    y, x = np.mgrid[:200, :260]
+    disks = (np.hypot(y - 20, x - 20) <= 8) | (np.hypot(y - 20, x - 34) <= 8)
+    mass = np.hypot(y - 110, x - 160) <= 80
+    for mask in (disks, disks | mass):
+        found = candidates(mask, {"semantic": mask.astype(np.float32)}, Post())
+        assert len(np.unique(found.atoms[:40, :50])) == 3
+
+
 @pytest.mark.parametrize("head", ["distance", "contour", None])
 def test_candidates_come_from_whatever_tells_nuclei_apart(head):
     probs, truth = two_disks()
@@ -410,27 +419,29 @@ def test_each_instance_has_the_quality_that_was_expected_of_it():
     probs, truth = two_disks()
     probs["semantic"][2:8, 50:58] = 1  # something flat that no marker rises in
     opinion = likes("most_marker", 1)
-    labels = instances(probs, Post(min_quality=0), HALF, opinion)
-    expected = expected_quality(labels, probs, Post(min_quality=0), HALF, opinion)
+    labels, expected, _ = separate(probs, Post(min_quality=0), HALF, opinion)
     assert expected is not None and expected.shape == (labels.max(),) == (3,)
     flat = labels[4, 54]
     assert expected[flat - 1] == expected.min() < 0.9 < expected.max()
     kept = instances(probs, Post(min_quality=0.9), HALF, opinion)
     assert kept.max() == 2 and not kept[4, 54]
-    assert expected_quality(labels, probs, Post(policy="ws"), HALF, opinion) is None
-    assert expected_quality(labels, probs, Post(), HALF, None) is None
+    assert separate(probs, Post(policy="ws"), HALF, opinion).quality is None
+    assert separate(probs, Post(), HALF).quality is None
     nothing = {head: np.zeros_like(value) for head, value in probs.items()}
-    assert expected_quality(labels * 0, nothing, Post(), HALF, opinion).shape == (0,)
+    found = separate(nothing, Post(), HALF, opinion)
+    assert found.quality is not None and found.quality.shape == (0,)
 
 
 def test_a_promise_is_what_all_chosen_nuclei_are_worth():
     probs, _ = two_disks()
     certain = likes("log_atoms", 0)
-    assert instances(probs, Post(min_quality=0.25), HALF, certain).max() == 2
-    assert promise(probs, Post(min_quality=0.25), HALF, certain) == pytest.approx(2 * (1 - 0.25))
-    assert promise(probs, Post(policy="ws"), HALF, certain) == promise(probs, Post(), HALF, None) == 0
+    found = separate(probs, Post(min_quality=0.25), HALF, certain)
+    assert found.labels.max() == 2 and found.promise == pytest.approx(2 * (1 - 0.25))
+    removed = separate(probs, Post(min_quality=0.25, min_object_size=10_000), HALF, certain)
+    assert removed.labels.max() == 0 and removed.promise == found.promise
+    assert separate(probs, Post(policy="ws"), HALF, certain).promise == separate(probs, Post(), HALF).promise == 0
     nothing = {head: np.zeros_like(value) for head, value in probs.items()}
-    assert promise(nothing, Post(), HALF, certain) == 0
+    assert separate(nothing, Post(), HALF, certain).promise == 0
 
 
 @every_policy

@@ -249,7 +249,7 @@ def test_segmenter_separates_bright_disks():
     config = Config.model_validate({"valid": ONCE, "pre": AS_IT_IS})
     segmenter = Segmenter([Toy(semantic=brightness)], config, CPU, torch.float32)
     labels = segmenter(image)
-    assert np.array_equal(segmenter.begin(image)[1](), labels)
+    assert np.array_equal(segmenter.begin(image)[1]().labels, labels)
     assert labels.dtype == np.int32
     assert labels.max() == 2
     assert np.array_equal(labels > 0, left | right)
@@ -301,7 +301,7 @@ def test_nuclei_far_from_the_wanted_size_are_brought_to_it(radius, zoom):
     toy = Toy(semantic=brightness, marker=brightness)
     config = Config.model_validate({"valid": ONCE, "pre": {"nucleus_diameter": 26}})
     segmenter = Segmenter([toy], config, CPU, torch.float32)
-    assert segmenter.zoom(image) == pytest.approx(zoom, rel=0.03)
+    assert segmenter.look(image)[0] == pytest.approx(zoom, rel=0.03)
     labels, probs = segmenter.predict(image)
     assert toy.seen[-1].shape[-2] == pytest.approx(100 * zoom, rel=0.03)  # the second look, after the first
     assert labels.shape == probs["semantic"].shape == (100, 120)
@@ -405,6 +405,12 @@ def test_each_network_of_an_ensemble_says_what_it_has_learned(contour, expected,
             assert np.allclose(found[head], (a[head] + b[head]) / 2 if n == 2 else a[head], atol=1e-6)
 
 
+def test_a_network_of_contours_alone_finds_no_nuclei(tmp_path):
+    save(tmp_path / "1.pkl", "caunet", 1, contour={"exclusive": True})
+    with pytest.raises(ValueError, match="was trained on contours alone; name another checkpoint beside it"):
+        load_segmenter([tmp_path / "1.pkl"], Config())
+
+
 @pytest.mark.parametrize("orig_size", [True, False])
 def test_a_detector_goes_its_own_way_to_instances(orig_size, monkeypatch):
     torch.manual_seed(0)
@@ -481,7 +487,7 @@ def test_of_a_huge_image_samples_are_looked_at(monkeypatch):
     image = np.where(np.hypot(y - 20, x - 20) <= 9, 255, 0).astype(np.uint8)[..., None].repeat(3, axis=2)
     config = Config.model_validate({"valid": {**ONCE, "tile": 64}, "pre": {"nucleus_diameter": 34}})
     toy = Toy(semantic=brightness)
-    zoom = Segmenter([toy], config, CPU, torch.float32).zoom(image)
+    zoom, _ = Segmenter([toy], config, CPU, torch.float32).look(image)
     assert zoom == pytest.approx(1.9, abs=0.1)
     assert sum(x.shape[-1] * x.shape[-2] for x in toy.seen) <= 9 * 64 * 64
 
@@ -527,6 +533,20 @@ def test_for_labels_alone_heads_that_rules_do_not_read_are_left_out(post, heads)
     assert list(probs) == heads
     assert np.array_equal(found, expected)
     assert network.active == ("semantic", "contour", "marker")
+
+
+def test_for_labels_a_network_that_counts_nothing_lends_no_head():
+    networks = [
+        Toy(semantic=brightness, contour=constant(0.3)),
+        Toy(semantic=brightness, contour=constant(0.3), marker=blurred),
+    ]
+    config = Config.model_validate(
+        {"post": {"policy": "rw"}, "pre": AS_IT_IS, "valid": {"ensemble_weights": (1.0, 0.0)}}
+    )
+    whole = Segmenter(networks, config, CPU, torch.float32)
+    image, _ = draw_sample(0, (96, 96), "fluorescence", 8)
+    (expected, _), (found, _) = whole.predict(image), whole.for_labels().predict(image)
+    assert np.array_equal(found, expected)
 
 
 def test_a_network_that_knows_nothing_else_is_asked_all_the_same():

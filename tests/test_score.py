@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,9 +136,9 @@ def test_errors_are_counted_by_category():
 
 
 def test_scores_read_back_without_the_categories(tmp_path):
-    write_scores(tmp_path / "iou.csv", SCORES)
+    write_scores(tmp_path / "iou.csv", [*SCORES, replace(SCORES[0], id="[01]")])
     found = read_scores(tmp_path / "iou.csv")
-    assert found.keys() == {"a", "b", "c", "d"}
+    assert found.keys() == {"a", "b", "c", "d", "[01]"}
     assert found["b"] == pytest.approx(0.5)
 
 

@@ -10,7 +10,8 @@ from skimage.color import rgb2hed, rgb2lab
 
 from config import Pre
 from image import Cache, read_image
-from stain import FULL_STAIN, NORMALIZERS, SPACES, is_gray, see
+from light import is_gray
+from stain import FULL_STAIN, NORMALIZERS, SPACES, see
 from synthetic import draw_sample, write_dataset
 
 TISSUE = draw_sample(0, (96, 96), "tissue")[0]

@@ -104,7 +104,7 @@ def test_a_slide_is_brought_to_size_as_an_image_is(tmp_path):
     truth = scene()
     path = write(tmp_path / "a.tif", truth)
     network = segmenter(diameter=28)
-    assert network.zoom(tifffile.imread(path)) == 2
+    assert network.look(tifffile.imread(path))[0] == 2
     plan = stream.make_plan(open_slide(path), network, tmp_path / "plan", "key")
     assert plan["zoom"] == "2"
     found = tifffile.imread(run(tmp_path, path, diameter=28).files[0])
@@ -113,7 +113,8 @@ def test_a_slide_is_brought_to_size_as_an_image_is(tmp_path):
 
 def test_a_slide_whose_zoom_promises_far_less_stays_as_it_is(tmp_path, monkeypatch):
     slide = open_slide(write(tmp_path / "a.tif", scene()))
-    monkeypatch.setattr(Segmenter, "_promise", lambda self, members: 1.0)
+    separate = Segmenter.separate
+    monkeypatch.setattr(Segmenter, "separate", lambda self, probs: separate(self, probs)._replace(promise=1.0))
     for least, zoom in [(0.9, "2"), (1.1, "1")]:  # a sample promises as much at either size
         monkeypatch.setattr("predict.LEAST_KEPT", least)
         plan = stream.make_plan(slide, segmenter(28, Large()), tmp_path / zoom, "key")

@@ -46,10 +46,11 @@ def test_weights_are_one_together_smooth_and_least_at_the_ends(length, overlap):
 
 
 @pytest.mark.parametrize("sixteenths", [10, 13, 16, 20, 27, 32])
-@pytest.mark.parametrize("length", [50, 333, 1000])
-def test_strips_of_an_enlarged_image_line_up(length, sixteenths):
+@pytest.mark.parametrize(("length", "border"), [(50, 20), (333, 20), (1000, 20), (1000, 320)])
+def test_strips_of_an_enlarged_image_line_up(length, border, sixteenths):
+    """A border may be wider than a tile."""
     zoom = Fraction(sixteenths, 16)
-    strips = plan_strips(length, 256, 64, 32, border=20, zoom=zoom)
+    strips = plan_strips(length, 256, 64, 32, border=border, zoom=zoom)
     total = np.zeros(length)
     for strip in strips:
         assert strip.view.length % 32 == 0 and strip.view.length <= 256

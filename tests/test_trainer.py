@@ -34,7 +34,7 @@ from trainer import (
     log_graph,
     norm_statistics,
     pick_rules,
-    sum_losses,
+    refuse_infinite,
     thaw_epoch,
     update_average,
 )
@@ -120,9 +120,9 @@ def test_rules_are_of_the_heads_that_are_wanted():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_names_its_head(value):
     losses = {"semantic/bce": torch.tensor(1.0), "contour/dice": torch.tensor(2.5)}
-    assert sum_losses(losses).item() == 3.5
+    refuse_infinite(losses)
     with pytest.raises(ValueError, match="the loss contour/dice is not finite"):
-        sum_losses({**losses, "contour/dice": torch.tensor(value)})
+        refuse_infinite({**losses, "contour/dice": torch.tensor(value)})
 
 
 def test_pixels_of_a_batch():
@@ -451,6 +451,18 @@ def test_the_last_epochs_are_calm(folder, tmp_path, share, expected):
     trainer.stretch = Stretch(0, 4)
     trainer.run(Log())
     assert seen == expected
+
+
+def test_a_short_training_ends_calm_too(folder, tmp_path):
+    """A tenth of six epochs is an epoch, to the nearest; of four it is none."""
+    seen = []
+    trainer = make(folder, tmp_path, settings())
+    for n in (6, 4):
+        trainer.stretch = Stretch(0, n)
+        for trainer.epoch in range(n):
+            trainer._start_epoch()
+            seen.append(trainer.loader.dataset.calm)
+    assert seen == [False] * 5 + [True] + [False] * 4
 
 
 def test_a_step_takes_care_of_grouped_convolutions(folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 from scipy import ndimage
 
 from config import Pre
+from labels import split_fragments
 from synthetic import draw_sample
 from transform import AUGMENTATIONS, Sample, Warp, build_transform
 
@@ -14,7 +15,7 @@ SIZE = 96
 SWITCHES = [
     "random_crop", "flip", "rotate", "elastic_distortion", "color_invert", "color_jitter", "color_equalize", "gray",
     "color_space_shift", "channel_shuffle", "add_noise", "fade_nuclei", "stain_shift", "recolor", "illumination",
-    "blur", "style_mix", "paste_nuclei",
+    "blur", "compress", "style_mix", "paste_nuclei",
 ]  # fmt: skip
 every_row = pytest.mark.parametrize("name", AUGMENTATIONS)
 colour_rows = pytest.mark.parametrize(
@@ -54,7 +55,8 @@ def test_a_row_keeps_types_shape_and_ids(name, precise):
         assert found.image.shape == (64, 64, 3) and found.image.dtype == np.uint8
         assert found.labels.shape == (64, 64) and found.labels.dtype == np.int32
         new = sorted(set(np.unique(found.labels)) - set(np.unique(sample.labels)))
-        assert not new or AUGMENTATIONS[name].stage == "sample" and new[0] > found.labels[found.labels < new[0]].max()
+        assert not new or AUGMENTATIONS[name].stage in ("warp", "sample")
+        assert not new or new[0] > found.labels[found.labels < new[0]].max()
         assert (found.id, found.group) == ("an id", "a group")
 
 
@@ -106,7 +108,7 @@ def test_small_images_fill_the_crop(shape):
     sample = Sample(rng.integers(1, 256, (*shape, 3), dtype=np.uint8), np.ones(shape, np.int32))
     for seed in range(8):
         found = run(switched("random_crop", "flip", "rotate", "elastic_distortion"), sample, seed, 48)
-        assert (found.labels == 1).all() and (found.image > 0).all()
+        assert (found.labels == found.labels[0, 0]).all() and found.labels[0, 0] and (found.image > 0).all()
 
 
 def test_no_nucleus_at_all():
@@ -128,8 +130,15 @@ def test_identity_warp_equals_slicing():
 def test_what_lies_outside_is_mirrored():
     sample = draw(2, (40, 50), "dense")
     found = Warp.centered((40, 50), (60, 80)).apply(sample)
-    assert np.array_equal(found.labels, np.pad(sample.labels, ((10, 10), (15, 15)), mode="reflect"))
     assert np.array_equal(found.image, np.pad(sample.image, ((10, 10), (15, 15), (0, 0)), mode="reflect"))
+    plain = np.pad(sample.labels, ((10, 10), (15, 15)), mode="reflect")
+    pieces = split_fragments(plain, connectivity=2)
+    assert np.array_equal(split_fragments(found.labels, connectivity=2), pieces)
+    inside = np.unique(pieces[10:50, 15:65])
+    assert np.array_equal(found.labels[np.isin(pieces, inside)], plain[np.isin(pieces, inside)])
+    copies = found.labels[~np.isin(pieces, inside)]
+    assert len(np.unique(copies)) == pieces.max() + 1 - len(inside) >= 2  # each has an id of its own
+    assert copies.min() > sample.labels.max()
 
 
 def geometric_warp(
@@ -173,7 +182,9 @@ def test_image_and_labels_move_together(precise):
     for seed in range(10):
         found = run(pre, sample, seed, SIZE, precise)
         inside = ndimage.minimum_filter(found.labels, 7) == ndimage.maximum_filter(found.labels, 7)
-        error = np.abs(found.image.astype(int) - colors[found.labels]).max(axis=-1)
+        ids = range(labels.max() + 1, found.labels.max() + 1)  # of mirror images
+        shown = [*colors, *(np.median(found.image[found.labels == i], axis=0) for i in ids)]
+        error = np.abs(found.image.astype(int) - np.array(shown)[found.labels]).max(axis=-1)
         assert inside.mean() > 0.2
         assert (error[inside] <= 4).mean() > 0.99
 

@@ -69,6 +69,9 @@ def test_an_opinion_that_helps_goes_with_the_checkpoint(data, trained, tmp_path,
     said = [f["properties"]["measurements"]["expected quality"] for image in features for f in image]
     assert len(features) == 2 and all(0 <= value <= 1 for value in said)
 
+    assert tune.main([*command, "--export", str(folder / "best.pkl")]) == 2
+    assert "is what is tuned" in capsys.readouterr().err
+
     monkeypatch.setattr(tune, "form_opinion", lambda cases, config: (Opinion(), np.zeros(2)))
     assert tune.main(command) == 0
     assert "second opinion: none is kept" in capsys.readouterr().out

@@ -126,6 +126,29 @@ def test_an_ensemble_of_checkpoints(data, trained, tmp_path):
     assert (tmp_path / "result.csv").is_file()
 
 
+@pytest.mark.parametrize("options", [["--save"], ["--label"]])
+def test_no_result_replaces_an_image_it_is_of(trained, tmp_path, options, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    name = "a.png" if options == ["--save"] else "a.tif"
+    Image.fromarray(draw_sample(0, (32, 32))[0]).save(photos / name)
+    before = (photos / name).read_bytes()
+    command = [str(trained / "latest.pkl"), "--input", str(photos), *options]
+    assert valid.main([*command, "--output", str(photos)]) == 2
+    assert "would be replaced by a result" in capsys.readouterr().err
+    assert (photos / name).read_bytes() == before
+    assert valid.main([*command, "--output", str(tmp_path / "out")]) == 0
+
+
+def test_no_result_replaces_true_masks(data, trained, capsys):
+    masks = sorted((data / "train").glob("*/masks/*"))
+    before = [path.read_bytes() for path in masks]
+    command = [str(trained / "latest.pkl"), "--data", str(data), "--dataset", "train", "--mask"]
+    assert valid.main([*command, "--output", str(data / "train")]) == 2
+    assert "would be replaced by a result" in capsys.readouterr().err
+    assert [path.read_bytes() for path in masks] == before
+
+
 def test_without_a_display_one_line_points_to_save(data, trained, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
     command = [sys.executable, str(ROOT / "valid.py"), "--data", str(data), "--checkpoint-dir", str(trained)]
@@ -133,6 +156,7 @@ def test_without_a_display_one_line_points_to_save(data, trained, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if "--save" in line]
+    assert "mAP" not in done.stdout and "0 images in" in done.stdout  # nothing was done, nothing is summed up
 
 
 def test_detectors_make_no_ensemble(data, tmp_path, capsys):
