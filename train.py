@@ -92,7 +92,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     print(f"{len(train)} training images, {len(valid)} for validation")
     print(format_epoch(train, valid, loader.dataset.balance))
     if config.train.drawn_share:
-        print(f"{config.train.drawn_share:.0%} of an epoch are drawn in their place ([train] drawn_share)")
+        print(f"{config.train.drawn_share:.0%} of an epoch are synthetic images in their place ([train] drawn_share)")
     frozen = ", its encoder frozen" if trainer.epoch < trainer.thaw_epoch else ""
     many = f" by {parallel.world()} processes" if parallel.world() > 1 else ""
     print(f"{config.param.model} on {device} in {str(precision).removeprefix('torch.')}{frozen}{many}")

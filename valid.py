@@ -53,8 +53,8 @@ class Result:
     image: NDArray[np.uint8]
     probs: dict[str, NDArray[np.float32]]
     labels: NDArray[np.int32]
-    quality: NDArray[np.float32] | None
     truth: NDArray[np.int32] | None
+    quality: NDArray[np.float32] | None = None
 
     @cached_property
     def score(self) -> Score | None:
@@ -256,7 +256,7 @@ def _finish(item: Refusal | tuple) -> Refusal | Result:
         return item
     record, image, truth, probs, finish = item
     found = finish()
-    return Result(record, image, probs, found.labels, found.quality, truth)
+    return Result(record, image, probs, found.labels, truth, found.quality)
 
 
 def deliver(

@@ -96,7 +96,8 @@ def _same_sample(theirs: tuple[NDArray[np.uint8], Maps], ours: tuple[NDArray[np.
 def _plain_sample(source: Sample) -> tuple[NDArray[np.uint8], Maps]:
     """The same random numbers, every pixel of image and labels by scipy, colours by Pillow, targets by the loops."""
     rng = np.random.default_rng(SEED)
-    warp = Warp.centered(source.labels.shape, (WIDTH, WIDTH))
+    height, width = source.labels.shape
+    warp = Warp.centered((height, width), (WIDTH, WIDTH))
     for name in ("scale", "elastic_distortion", "random_crop"):
         warp = AUGMENTATIONS[name].run(warp, rng, PRE)
     x, y = np.moveaxis(warp.coordinates(), -1, 0)
@@ -104,9 +105,22 @@ def _plain_sample(source: Sample) -> tuple[NDArray[np.uint8], Maps]:
         ndimage.map_coordinates(channel, [y, x], order=1, mode="mirror") for channel in source.image.T.swapaxes(1, 2)
     ]
     labels = ndimage.map_coordinates(source.labels, [y, x], order=0, mode="mirror")
+    inside = (np.abs(y - (height - 1) / 2) <= height / 2) & (np.abs(x - (width - 1) / 2) <= width / 2)
+    labels = _number_copies(labels, inside)
     curve = AUGMENTATIONS["color_jitter"].run(np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, 2), rng)
     image = Image.fromarray(np.stack(channels, axis=-1)).point(curve[0].T.ravel().tolist())
     return np.asarray(image), loop_targets(labels)
+
+
+def _number_copies(labels: NDArray[np.int32], inside: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Pieces of a nucleus that lie in the mirror image alone are nuclei of their own; a loop over all."""
+    found, fresh = labels.copy(), int(labels.max()) + 1
+    for number in np.unique(labels[labels > 0]):
+        pieces, n = ndimage.label(labels == number, np.ones((3, 3)))
+        for piece in (pieces == i for i in range(1, n + 1)):
+            if not inside[piece].any():
+                found[piece], fresh = fresh, fresh + 1
+    return found
 
 
 def _opencv_sample(source: Sample) -> tuple[NDArray[np.uint8], Maps]:

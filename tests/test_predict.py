@@ -407,7 +407,7 @@ def test_each_network_of_an_ensemble_says_what_it_has_learned(contour, expected,
 
 def test_a_network_of_contours_alone_finds_no_nuclei(tmp_path):
     save(tmp_path / "1.pkl", "caunet", 1, contour={"exclusive": True})
-    with pytest.raises(ValueError, match="was trained on contours alone; name another checkpoint beside it"):
+    with pytest.raises(ValueError, match="was trained on contours alone; name it beside another"):
         load_segmenter([tmp_path / "1.pkl"], Config())
 
 

@@ -13,11 +13,6 @@ from synthetic import GAP, KINDS, MIN_AREA, Nucleus, draw_nucleus, draw_sample, 
 SHAPE = (160, 208)
 #: Nuclei little darker than the bodies of their cells are among these.
 PALE = ("epithelium", "carcinoma", "gland", "spindle")
-    "epithelium",
-    "carcinoma",
-    "gland",
-    "spindle",
-)  # nuclei little darker than the bodies of their cells are among these
 GLOWING = ("fluorescence", "dense", "thick", "layer", "palisade", "packed")
 kinds = pytest.mark.parametrize("kind", KINDS)
 
