@@ -212,12 +212,15 @@ class Augmentation:
     switch : str
     rgb : bool
         Whether it knows red, green and blue alone; it is left out where ``[pre] color_space`` is another.
+    light : bool
+        Whether it changes the light, and in CIELAB the lightness alone.
     """
 
     run: Callable
     stage: str
     switch: str
     rgb: bool = False
+    light: bool = False
 
 
 #: In the order they are applied; the crop comes last of the warps, when the reach of the crop is known.
@@ -231,14 +234,14 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "fade_nuclei": Augmentation(color.fade_nuclei, "nuclei", "fade_nuclei"),
     "style_mix": Augmentation(color.mix_style, "style", "style_mix"),
     "color_equalize": Augmentation(color.equalize_some, "image", "color_equalize", rgb=True),
-    "color_jitter": Augmentation(color.jitter, "image", "color_jitter"),
+    "color_jitter": Augmentation(color.jitter, "image", "color_jitter", light=True),
     "stain_shift": Augmentation(color.shift_stain, "image", "stain_shift", rgb=True),
     "color_space_shift": Augmentation(color.shift_lab, "image", "color_space_shift", rgb=True),
     "channel_shuffle": Augmentation(color.shuffle, "image", "channel_shuffle", rgb=True),
     "gray": Augmentation(color.gray, "image", "gray", rgb=True),
     "recolor": Augmentation(color.recolor, "image", "recolor", rgb=True),
     "color_invert": Augmentation(color.invert, "image", "color_invert", rgb=True),
-    "illumination": Augmentation(color.illuminate, "image", "illumination"),
+    "illumination": Augmentation(color.illuminate, "image", "illumination", light=True),
     "blur": Augmentation(color.blur, "image", "blur"),
     "add_noise": Augmentation(color.noise, "image", "add_noise"),
     "compress": Augmentation(color.compress, "image", "compress", rgb=True),
@@ -252,6 +255,16 @@ CALMED = ("fade_nuclei", "channel_shuffle", "color_space_shift", "color_invert",
 def calm(pre: Pre) -> Pre:
     """The settings with which images are changed less, see `CALMED`."""
     return pre.model_copy(update=dict.fromkeys(CALMED, False))
+
+
+def _on_lightness(run: Callable[[Image, Rng], Image]) -> Callable[[Image, Rng], Image]:
+    """The same for the first of three channels, the lightness, and nothing for the two of colour."""
+
+    def changed(image: Image, rng: Rng) -> Image:
+        light = run(np.repeat(image[..., :1], 3, axis=-1), rng)
+        return np.concatenate([light[..., :1], image[..., 1:]], axis=-1)
+
+    return changed
 
 
 def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sample, Rng], Sample]:
@@ -272,6 +285,8 @@ def build_transform(pre: Pre, width: int, precise: bool = False) -> Callable[[Sa
     Labels keep their ids; those that fall outside are gone, and mirror images and nuclei that are pasted get new ones.
     """
     fitting = [row for row in AUGMENTATIONS.values() if pre.color_space == "rgb" or not row.rgb]
+    if pre.color_space == "lab":
+        fitting = [replace(row, run=_on_lightness(row.run)) if row.light else row for row in fitting]
     rows = [row for row in fitting if getattr(pre, row.switch)]
     stages = ("warp", "sample", "nuclei", "style", "image")
     warps, samples, nuclei, styles, images = ([row.run for row in rows if row.stage == stage] for stage in stages)
