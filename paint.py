@@ -47,9 +47,10 @@ def paint_fluorescence(
     `blur` (pixels) and `glow` (share of the light that is spread far around) are drawn between two values: thick tissue
     is never all in focus. Up to `spots`, chromatin lies in bright grains and rims; up to `ghosts`, nuclei above and
     below shine through, out of focus and not labelled. Up to `thickness`, nuclei lie at depths of their own, some more
-    out of focus than others, and light falls off across the image. Where nuclei overlap, light may add up.
+    out of focus than others, and light falls off across the image. Where nuclei touch, light may add up.
     """
-    deep = _seamed_depth(rng, labels)
+    own, joint = _depths(labels)
+    deep = own + rng.random() * (joint - own)
     bright = np.clip(np.exp(rng.normal(-0.6, 0.45, labels.max() + 1)), 0.12, 1.3).astype(np.float32)
     grain = 0.16 * _noise(rng, labels.shape, 2.2) + 0.12 * _noise(rng, labels.shape, 5)
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.2, 0, 1)
@@ -62,12 +63,15 @@ def paint_fluorescence(
         behind = ghosts * rng.uniform(0, 0.35) * _drops(rng, labels.shape, 0.006 * rng.random(), (7, 13))
         light += cv2.GaussianBlur(behind, (0, 0), rng.uniform(2.5, 6))
     if rng.random() < 0.5:
-        light *= 1 + rng.uniform(0, 0.6) * cv2.GaussianBlur(_contacts(labels), (0, 0), rng.uniform(0.7, 2))
+        contact = ((own <= 1) & (joint > 1)).astype(np.float32)
+        light *= 1 + rng.uniform(0, 0.6) * cv2.GaussianBlur(contact, (0, 0), rng.uniform(0.7, 2))
     haze = cv2.GaussianBlur(light, (0, 0), 14) * rng.uniform(*glow)
-    focus = rng.uniform(*blur)
-    away = (thickness * rng.random(labels.max() + 1)).astype(np.float32)[labels]
-    light, far = cv2.GaussianBlur(light * (1 - away), (0, 0), focus), light * away
-    light += cv2.GaussianBlur(far, (0, 0), focus * rng.uniform(1, 2.2)) + haze
+    focus, far = rng.uniform(*blur), 0.0
+    if thickness:
+        away = (thickness * rng.random(labels.max() + 1)).astype(np.float32)[labels]
+        far = cv2.GaussianBlur(light * away, (0, 0), focus * rng.uniform(1, 2.2))
+        light *= 1 - away
+    light = cv2.GaussianBlur(light, (0, 0), focus) + far + haze
     light *= rng.uniform(0.25, 0.95) * (1 + 0.06 * _noise(rng, labels.shape, 120))
     light *= np.exp(-thickness * rng.uniform(0, 1.5) * _ramp(rng, labels.shape))
     light += rng.uniform(0.015, 0.05)
@@ -135,7 +139,7 @@ def paint_counterstain(rng: np.random.Generator, labels: NDArray[np.int32], flow
     brown = rng.uniform(0.2, 0.7) * marked * np.maximum(1 + 0.3 * fibres, 0.1) * np.where(labels > 0, 0.4, 1)
     haze = rng.uniform(0.08, 0.25) * np.maximum(1 + 0.4 * fibres, 0)
     chromatin, share = _chromatin(rng, labels), rng.beta(0.6, 1) * (rng.random() < 0.5)
-    positive = (rng.random(labels.max() + 1) < share)[labels]
+    positive = (rng.random(labels.max() + 1) < share)[labels] & (labels > 0)
     brown = np.where(positive, rng.uniform(0.5, 1.4) * chromatin, (1 - share) * brown).astype(np.float32)
     nuclei = rng.uniform(0.5, 1.1) * chromatin * np.where(positive, rng.uniform(0, 0.7), 1)
     return _transmit(rng, [(np.maximum(nuclei, haze), _vary(rng, HEMATOXYLIN)), (brown, _vary(rng, DAB))])
@@ -219,15 +223,10 @@ def _transmit(rng: np.random.Generator, layers: list[tuple[Map, tuple[float, ...
     return image + 0.008 * rng.standard_normal(image.shape, np.float32)
 
 
-def _seamed_depth(rng: np.random.Generator, labels: NDArray[np.int32]) -> Map:
-    """Depth of each pixel in its nucleus, (H, W); where nuclei touch, somewhere between that of an edge and none."""
-    deep = depth(labels)
-    return deep + rng.random() * (depth((labels > 0).astype(np.int32)) - deep)
-
-
-def _contacts(labels: NDArray[np.int32]) -> Map:
-    """1 on the pixels of a nucleus that touch another one, (H, W) float32."""
-    return ((depth(labels) <= 1) & (depth((labels > 0).astype(np.int32)) > 1)).astype(np.float32)
+def _depths(labels: NDArray[np.int32]) -> tuple[Map, Map]:
+    """Depth of each pixel in its nucleus, (H, W), and as if nuclei that touch were one. Somewhere between the two, an
+    image shows a seam where they touch, or none."""
+    return depth(labels), depth((labels > 0).astype(np.int32))
 
 
 def _ramp(rng: np.random.Generator, shape: tuple[int, ...]) -> Map:
@@ -244,7 +243,8 @@ def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32], openness: fl
     Each is somewhere between dense (dark throughout) and vesicular (by `pale` lighter, clumped, with dark rim and
     nucleolus), the more of them the latter the greater the `openness`.
     """
-    n, deep = labels.max() + 1, _seamed_depth(rng, labels)
+    n, (own, joint) = labels.max() + 1, _depths(labels)
+    deep = own + rng.random() * (joint - own)
     open_ = (rng.beta(openness, 1.6, n).astype(np.float32))[labels]
     strength = np.clip(rng.normal(1, 0.16, n), 0.6, 1.5).astype(np.float32)[labels]
     clumps = 0.7 * _noise(rng, labels.shape, 2.5) + 0.5 * _noise(rng, labels.shape, 5)

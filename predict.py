@@ -172,9 +172,7 @@ class Segmenter:
     ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """As `_detect_once`, tile by tile; what two tiles see of a nucleus is joined."""
         shape, valid = image.shape[:2], self.config.valid
-        margin = (valid.tile_overlap or min(DETECTOR_OVERLAP, valid.tile // 2)) // 2
-        if valid.tile <= 2 * margin:
-            raise ValueError(f"[valid] tile = {valid.tile}, tile_overlap = {valid.tile_overlap}: no room in a tile")
+        margin = (valid.tile_overlap or min(DETECTOR_OVERLAP, valid.tile // 2)) // 2  # half of a tile at most
         labels, semantic = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         n_known = 0
         for core in cut_blocks(shape, valid.tile - 2 * margin):
@@ -206,6 +204,8 @@ class Segmenter:
             found = self.separate(self.merge(members))
             if found.promise >= LEAST_KEPT * look.found.promise:
                 return members, found
+        if look and len(combine(self.config.valid.test_time_augment)) == 1:
+            return list(look.seen), look.found  # the first look was all there is to see
         return self._see(image, 1.0, self.config.valid, look.seen if look else ()), None
 
     def _see(self, image: NDArray[np.uint8], zoom: float, valid: Valid, seen: Seen = ()) -> list[Maps]:
@@ -372,7 +372,7 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
     networks = [place(load_model(c), device) for c in checkpoints]
     if len(networks) > 1 and any(isinstance(network, MaskRCNN) for network in networks):
         raise ValueError("a maskrcnn finds nuclei, not maps that could be averaged: no ensemble; name one checkpoint")
-    if len(networks) == 1 and configs[0].contour.exclusive:
+    if len(networks) == 1 and checkpoints[0]["config"].get("contour", {}).get("exclusive"):
         raise ValueError(
             f"{paths[0]}: was trained on contours alone; name it beside another checkpoint, as an ensemble"
         )

@@ -38,8 +38,6 @@ N_TRIES = 12  # places tried per nucleus before the image counts as full
 TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)  # a contour is drawn through this many points
 CIRCLE = np.stack([np.cos(TURN), np.sin(TURN)])
 BUMPS = np.concatenate([2 / k * np.stack([np.cos(k * TURN), np.sin(k * TURN)]) for k in (2, 3, 4, 5)])
-
-
 #: Nuclei of other cells among those of a tissue: their radius, at most (pixels), and long over short axis.
 GUESTS = ((6.0, (1.0, 1.3)), (7.0, (3.0, 7.0)))  # lymphocytes; fibroblasts, muscle and the walls of vessels
 

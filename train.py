@@ -237,7 +237,7 @@ def _make_evaluate(records: list[Record], cache: Cache, config: Config, device: 
 
 
 def _rehearse(model: Network, config: Config, args: argparse.Namespace) -> None:
-    """Use what the settings name on one blank image, so that a wrong name is known before any image is read."""
+    """Try losses, schedule, length and separation on a blank image: a wrong name is known before any image is read."""
     Criterion(pick_rules(config, model.heads))
     pick(SCHEDULES, config.train.schedule, "schedule")
     plan_stretch(0, None, args.epoch, args.minutes, config.train)

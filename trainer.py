@@ -237,14 +237,14 @@ class Trainer:
                 if i % self.config.train.print_freq == 0:
                     tqdm.write(meters.settle().line(self.epoch + 1, i, len(steps)))
         bar.close()
-        self.lasted = time.monotonic() - began
-        self._end_epoch(meters.settle().means(), spent + self.lasted, log)
+        self._end_epoch(meters.settle().means(), spent + time.monotonic() - began, log)
 
     def _start_epoch(self) -> None:
         """Freeze or thaw the encoder, and wrap the network in what a step calls where that has changed; near the end of
         the stretch, change images less."""
+        share = self.config.train.calm_share
         middle = self.stretch.progress(self.epoch + 0.5, self.stretch.elapsed + self.lasted / 2)
-        self.loader.dataset.calm = middle >= 1 - self.config.train.calm_share
+        self.loader.dataset.calm = share > 0 and middle >= 1 - share
         frozen = self.epoch < self.thaw_epoch
         if self.learner is None or frozen != self.model.frozen:
             self.model.freeze(frozen)
@@ -271,7 +271,9 @@ class Trainer:
         for network in (self.model, self.average):
             parallel.average(norm_statistics(network))
         self.epoch += 1
-        self.stretch = replace(self.stretch, elapsed=parallel.from_main(lambda: elapsed))
+        elapsed = parallel.from_main(lambda: elapsed)
+        self.lasted = elapsed - self.stretch.elapsed
+        self.stretch = replace(self.stretch, elapsed=elapsed)
         if log is not None and means:
             for name, value in means.items():
                 log.add_scalar(f"train/{name}", value, self.epoch)

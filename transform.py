@@ -116,7 +116,10 @@ class Warp:
 
 
 def _number_copies(labels: NDArray[np.int32], inside: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """What lies in the mirror images alone gets ids of its own, piece by piece; (H, W) both."""
+    """What lies in the mirror images alone gets ids that nothing else in the crop has, piece by piece; (H, W) both.
+
+    A nucleus that the border of the source cuts stays one with its mirror image, which it is joined to.
+    """
     pieces = split_fragments(labels, connectivity=2)
     ids = np.zeros(pieces.max() + 1, np.int32)
     ids[pieces] = labels
@@ -243,7 +246,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "color_invert": Augmentation(color.invert, "image", "color_invert", rgb=True),
     "illumination": Augmentation(color.illuminate, "image", "illumination", light=True),
     "blur": Augmentation(color.blur, "image", "blur"),
-    "add_noise": Augmentation(color.noise, "image", "add_noise"),
+    "add_noise": Augmentation(color.noise, "image", "add_noise", light=True),
     "compress": Augmentation(color.compress, "image", "compress", rgb=True),
 }
 

@@ -134,15 +134,15 @@ def draws(args: argparse.Namespace) -> bool:
 
 def refuse_overwriting(records: Sequence[Record], args: argparse.Namespace) -> None:
     """Results never take the place of the images they are of, nor of their masks."""
-    folder = (args.output or args.data / "predict").resolve()
+    folder = args.output or args.data / "predict"
     suffixes = [suffix for suffix, wanted in ((".png", args.save), (".tif", args.label)) if wanted]
     for record in records if suffixes or args.mask else ():
-        written = {folder / f"{record.id}{suffix}" for suffix in suffixes}
         masks = record.masks[:1] if isinstance(record.masks, tuple) else (record.masks,)
-        for path in (record.image, *masks):
-            there = path and path.resolve()
-            if there in written or (args.mask and there and there.parent == folder / record.id / "masks"):
-                raise ValueError(f"{path}: would be replaced by a result; choose another --output")
+        pairs = [(folder / f"{record.id}{s}", path) for s in suffixes for path in (record.image, *masks) if path]
+        pairs += [(folder / record.id / "masks", path.parent) for path in masks if path and args.mask]
+        for written, read in pairs:
+            if written.exists() and written.samefile(read):
+                raise ValueError(f"{read}: would be replaced by a result; choose another --output")
 
 
 def bring_together(tallies: Sequence[Tally], records: Sequence[Record]) -> Tally:

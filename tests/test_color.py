@@ -16,7 +16,7 @@ FLUORESCENCE, _ = draw_sample(0, (96, 96), "fluorescence")
 SHARES = {
     color.equalize_some: (0.3, 0.7), color.invert: (0.02, 0.2), color.jitter: (1, 1), color.shift_lab: (0.3, 0.7),
     color.shift_stain: (0.3, 0.7), color.shuffle: (0.02, 0.2), color.gray: (0.1, 0.3), color.recolor: (0.1, 0.3),
-    color.blur: (0.2, 0.4), color.noise: (0.3, 0.7), color.illuminate: (0.2, 0.4),
+    color.blur: (0.2, 0.4), color.noise: (0.3, 0.7), color.illuminate: (0.2, 0.4), color.compress: (0.1, 0.3),
 }  # fmt: skip
 
 
@@ -109,6 +109,17 @@ def test_noise_is_small_and_has_no_bias():
     for f in outcomes(color.noise, image, 60):
         assert (f == f[..., :1]).all()
         assert f.std() < 0.09 * 255 and abs(f.mean() - 128) < 1.5
+
+
+def test_noise_may_differ_between_the_channels_of_a_coloured_image():
+    found = [np.ptp(f.astype(int) - TISSUE, axis=-1).mean() for f in outcomes(color.noise, TISSUE, 60)]
+    assert min(found) < 2 and max(found) > 5
+
+
+def test_compression_changes_an_image_little():
+    found = outcomes(color.compress, TISSUE)
+    assert all(np.abs(f.astype(int) - TISSUE).mean() < 12 and abs(f.mean() - TISSUE.mean()) < 2 for f in found)
+    assert all(np.ptp(f, axis=-1).max() <= 8 for f in outcomes(color.compress, FLUORESCENCE))
 
 
 def test_light_is_smooth_and_leaves_gray_images_gray():

@@ -13,7 +13,7 @@ import tifffile
 from PIL import Image
 
 import image as room
-from image import Cache, ImageError, read_image, read_labels
+from image import Cache, ImageError, read_image, read_labels, read_mask
 
 RGB = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
 GRAY = RGB[..., 0]
@@ -537,3 +537,20 @@ def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cache_dir"):
         Cache(tmp_path / "file" / "cache").image(tmp_path / "a.png")
+
+
+def test_white_is_zero_in_pictures_alone(tmp_path):
+    """A mask or a label map that is stored so holds the numbers that it holds."""
+    labels = np.zeros((9, 13), np.uint8)
+    labels[2:5, 3:8] = 255
+    save_tiff(tmp_path / "a.tif", labels, photometric="miniswhite")
+    assert np.array_equal(read_mask(tmp_path / "a.tif"), labels > 0)
+    assert np.array_equal(read_labels(tmp_path / "a.tif", (9, 13)) > 0, labels > 0)
+    save_tiff(tmp_path / "b.tif", labels.astype(np.float32), photometric="miniswhite")
+    with pytest.raises(ImageError, match="white is zero, in float32"):
+        read_image(tmp_path / "b.tif")
+
+
+def test_a_flat_image_of_large_numbers_is_black(tmp_path):
+    save_tiff(tmp_path / "a.tif", np.full((9, 13), 20_000, np.uint16))
+    assert not read_image(tmp_path / "a.tif").any()

@@ -333,6 +333,7 @@ def test_an_image_whose_zoom_promises_far_less_stays_as_it_is(sure, stays, tile,
     as_it_is = config.model_copy(update={"pre": config.pre.model_copy(update={"nucleus_diameter": 0.0})})
     expected, found = replace(segmenter, config=as_it_is).probs(image), segmenter.probs(image)
     assert all(np.allclose(found[head], expected[head], atol=1e-6) for head in toy.heads) == stays
+    assert np.array_equal(segmenter(image), segmenter.separate(found).labels)
 
 
 @pytest.mark.parametrize("views", [(), ("dihedral",), ("flips*scales",)])

@@ -132,12 +132,13 @@ def test_the_limits_of_a_large_glass_know_of_the_tissue_on_it(tmp_path, monkeypa
     assert low == 9000 and high == 60_000
 
 
-def test_ome_zarr_says_what_its_axes_are(tmp_path):
+@pytest.mark.parametrize("names", ["cyx", ("channel", "y", "x")])
+def test_ome_zarr_says_what_its_axes_are(tmp_path, names):
     group = zarr.open_group(str(tmp_path / "a.zarr"), mode="w")
     narrow = RGB[:, :3].transpose(2, 0, 1)  # three channels, three columns
     for name, array in (("0", narrow), ("1", narrow[:, ::2])):
         group.create_array(name, shape=array.shape, chunks=(1, 64, 64), dtype=array.dtype)[:] = array
-    axes = [{"name": name} for name in "cyx"]
+    axes = [{"name": name} for name in names]
     group.attrs["ome"] = {"multiscales": [{"axes": axes, "datasets": [{"path": "0"}, {"path": "1"}]}]}
     slide = open_slide(tmp_path / "a.zarr", AS_IT_IS)
     assert np.array_equal(slide.read(whole(slide.shape)), RGB[:, :3])
@@ -172,6 +173,9 @@ def test_what_is_refused_is_named(tmp_path, monkeypatch):
     write_tiff(tmp_path / "z.tif", np.zeros((5, 64, 64), np.uint8), metadata={"axes": "ZYX"}, photometric="minisblack")
     with pytest.raises(ImageError, match="axes ZYX"):
         open_slide(tmp_path / "z.tif")
+    write_tiff(tmp_path / "w.tif", RGB[..., 0], photometric="miniswhite")
+    with pytest.raises(ImageError, match="white is zero"):
+        open_slide(tmp_path / "w.tif")
     write_tiff(tmp_path / "b.tif", RGB, photometric="rgb")
     with pytest.raises(ImageError, match="stain_normalize"):
         open_slide(tmp_path / "b.tif", ((), (0.1, 99.9), False, "rgb", "macenko"))

@@ -453,6 +453,21 @@ def test_the_last_epochs_are_calm(folder, tmp_path, share, expected):
     assert seen == expected
 
 
+def test_never_calm_is_never(folder, tmp_path):
+    """Not in the last epoch of a stretch by the clock either, most of which is beyond its end."""
+    trainer = make(folder, tmp_path, settings(train={"calm_share": 0.0}))
+    trainer.stretch, trainer.lasted = Stretch(0, 0, minutes=1, elapsed=55), 20.0
+    trainer._start_epoch()
+    assert not trainer.loader.dataset.calm
+
+
+def test_a_stretch_makes_one_step_at_least(folder, tmp_path):
+    trainer = make(folder, tmp_path, settings())
+    trainer.stretch = Stretch(0, 0, minutes=1e-9)
+    trainer.run(Log())
+    assert trainer.step == 1 and trainer.epoch == 1
+
+
 def test_a_short_training_ends_calm_too(folder, tmp_path):
     """A tenth of six epochs is an epoch, to the nearest; of four it is none."""
     seen = []

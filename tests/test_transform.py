@@ -56,7 +56,6 @@ def test_a_row_keeps_types_shape_and_ids(name, precise):
         assert found.labels.shape == (64, 64) and found.labels.dtype == np.int32
         new = sorted(set(np.unique(found.labels)) - set(np.unique(sample.labels)))
         assert not new or AUGMENTATIONS[name].stage in ("warp", "sample")
-        assert not new or new[0] > found.labels[found.labels < new[0]].max()
         assert (found.id, found.group) == ("an id", "a group")
 
 
@@ -182,9 +181,10 @@ def test_image_and_labels_move_together(precise):
     for seed in range(10):
         found = run(pre, sample, seed, SIZE, precise)
         inside = ndimage.minimum_filter(found.labels, 7) == ndimage.maximum_filter(found.labels, 7)
-        ids = range(labels.max() + 1, found.labels.max() + 1)  # of mirror images
-        shown = [*colors, *(np.median(found.image[found.labels == i], axis=0) for i in ids)]
-        error = np.abs(found.image.astype(int) - np.array(shown)[found.labels]).max(axis=-1)
+        shown = np.zeros(found.image.shape)
+        for i in np.unique(found.labels):  # a mirror image has another id, and the colour of one nucleus all the same
+            shown[found.labels == i] = np.median(found.image[found.labels == i], axis=0)
+        error = np.abs(found.image - shown).max(axis=-1)
         assert inside.mean() > 0.2
         assert (error[inside] <= 4).mean() > 0.99
 

@@ -14,7 +14,7 @@ from candidate import FEATURES
 from confidence import Opinion, learn
 from config import load_config
 from division import recall_side
-from helper import fingerprint, load_checkpoint, save_checkpoint
+from helper import DEFAULT_WEIGHTS, fingerprint, load_checkpoint, save_checkpoint
 from predict import load_segmenter
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -69,6 +69,8 @@ def test_an_opinion_that_helps_goes_with_the_checkpoint(data, trained, tmp_path,
     said = [f["properties"]["measurements"]["expected quality"] for image in features for f in image]
     assert len(features) == 2 and all(0 <= value <= 1 for value in said)
 
+    assert tune.main([str(DEFAULT_WEIGHTS.parent / "small.pkl"), *command]) == 2
+    assert "ships with the toolkit and is not changed" in capsys.readouterr().err
     assert tune.main([*command, "--export", str(folder / "best.pkl")]) == 2
     assert "is what is tuned" in capsys.readouterr().err
 
