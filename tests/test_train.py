@@ -193,7 +193,7 @@ def _empty(folder: Path) -> None:
         (None, ["--set", "loss.semantic=bec"], "did you mean 'bce'"),
         (None, ["--set", "param.weight=bordr"], "did you mean 'border'"),
         (_corrupt, ["--set", "post.policy=wss"], "did you mean 'ws'"),  # before any image is read
-        (_corrupt, ["--set", "loss.marker=dise"], "did you mean 'dice'"),
+        (_corrupt, ["--set", "loss.semantic=dise"], "did you mean 'dice'"),
         (_corrupt, ["--set", "train.schedule=cosin"], "did you mean 'cosine'"),
         (_corrupt, ["--minutes", "-1"], "wanted more than 0"),
         (None, ["--set", "post.marker=contour"], "no head 'contour'"),
