@@ -40,17 +40,14 @@ def paint_fluorescence(
     glow: tuple[float, float] = (0.05, 0.25),
     spots: float = 0.0,
     ghosts: float = 0.0,
-    thickness: float = 0.0,
 ) -> Map:
     """Glowing nuclei, dim to bright, seen through a lens that blurs and a camera that counts photons.
 
     `blur` (pixels) and `glow` (share of the light that is spread far around) are drawn between two values: thick tissue
     is never all in focus. Up to `spots`, chromatin lies in bright grains and rims; up to `ghosts`, nuclei above and
-    below shine through, out of focus and not labelled. Up to `thickness`, nuclei lie at depths of their own, some more
-    out of focus than others, and light falls off across the image. Where nuclei touch, light may add up.
+    below shine through, out of focus and not labelled.
     """
-    own, joint = _depths(labels)
-    deep = own + rng.random() * (joint - own)
+    deep = depth(labels)
     bright = np.clip(np.exp(rng.normal(-0.6, 0.45, labels.max() + 1)), 0.12, 1.3).astype(np.float32)
     grain = 0.16 * _noise(rng, labels.shape, 2.2) + 0.12 * _noise(rng, labels.shape, 5)
     nucleoli = np.clip(_noise(rng, labels.shape, 5) - 1.2, 0, 1)
@@ -62,18 +59,9 @@ def paint_fluorescence(
     if ghosts:
         behind = ghosts * rng.uniform(0, 0.35) * _drops(rng, labels.shape, 0.006 * rng.random(), (7, 13))
         light += cv2.GaussianBlur(behind, (0, 0), rng.uniform(2.5, 6))
-    if rng.random() < 0.5:
-        contact = ((own <= 1) & (joint > 1)).astype(np.float32)
-        light *= 1 + rng.uniform(0, 0.6) * cv2.GaussianBlur(contact, (0, 0), rng.uniform(0.7, 2))
     haze = cv2.GaussianBlur(light, (0, 0), 14) * rng.uniform(*glow)
-    focus, far = rng.uniform(*blur), 0.0
-    if thickness:
-        away = (thickness * rng.random(labels.max() + 1)).astype(np.float32)[labels]
-        far = cv2.GaussianBlur(light * away, (0, 0), focus * rng.uniform(1, 2.2))
-        light *= 1 - away
-    light = cv2.GaussianBlur(light, (0, 0), focus) + far + haze
+    light = cv2.GaussianBlur(light, (0, 0), rng.uniform(*blur)) + haze
     light *= rng.uniform(0.25, 0.95) * (1 + 0.06 * _noise(rng, labels.shape, 120))
-    light *= np.exp(-thickness * rng.uniform(0, 1.5) * _ramp(rng, labels.shape))
     light += rng.uniform(0.015, 0.05)
     photons = rng.uniform(150, 900)
     light = rng.poisson(np.maximum(light, 0) * photons) / photons + rng.normal(0, 0.004, labels.shape)
@@ -81,9 +69,9 @@ def paint_fluorescence(
 
 
 #: Thick tissue, never all in focus.
-paint_thick = partial(paint_fluorescence, blur=(1.1, 2.2), glow=(0.3, 0.9), ghosts=1.5, thickness=0.6)
+paint_thick = partial(paint_fluorescence, blur=(1.1, 2.2), glow=(0.3, 0.9))
 #: A layer of cells that others lie above and below, chromatin in grains and rims.
-paint_layer = partial(paint_fluorescence, blur=(0.6, 1.8), glow=(0.1, 0.5), spots=1.0, ghosts=1.0, thickness=0.4)
+paint_layer = partial(paint_fluorescence, blur=(0.6, 1.8), glow=(0.1, 0.5), spots=1.0, ghosts=1.0)
 
 
 def paint_tissue(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
@@ -95,8 +83,7 @@ def paint_tissue(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map)
     eosin = rng.uniform(0.4, 0.65) * np.maximum(1 + 0.32 * fibres, 0.15) + 0.04 * _noise(rng, shape, 2)
     haze = 0.10 * np.maximum(1 + 0.6 * _noise(rng, shape, 18), 0)
     nuclei = rng.uniform(0.85, 1.25) * _chromatin(rng, labels)
-    stains = _vary(rng, HEMATOXYLIN), _vary(rng, EOSIN)
-    return _transmit(rng, [(nuclei + haze * (1 - rift), stains[0]), (eosin * (1 - 0.95 * rift), stains[1])])
+    return _transmit(rng, [(nuclei + haze * (1 - rift), HEMATOXYLIN), (eosin * (1 - 0.95 * rift), EOSIN)])
 
 
 def paint_cells(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
@@ -127,28 +114,26 @@ def paint_cells(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) 
     nuclei = cv2.GaussianBlur(nuclei, (0, 0), rng.uniform(0.3, 1.1))
     haze = np.maximum(haze, 0.5 * smudge) * tissue
     eosin = np.maximum(np.maximum(eosin * tissue * np.where(outside, 1.0, rng.uniform(0.2, 0.8)), 0.9 * red), 0)
-    return _transmit(rng, [(np.maximum(nuclei + 0.5 * haze, haze), _vary(rng, ALUM)), (eosin, _vary(rng, EOSIN))])
+    image = _transmit(rng, [(np.maximum(nuclei + 0.5 * haze, haze), _vary(rng, ALUM)), (eosin, _vary(rng, EOSIN))])
+    sharper = image + rng.uniform(0, 0.8) * (image - cv2.GaussianBlur(image, (0, 0), 1.5))  # as scanners do
+    return sharper * rng.uniform(0.85, 1.0, 3).astype(np.float32)
 
 
 def paint_counterstain(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
-    """Immunohistochemistry: blue nuclei, pale to dark, among grayish fibres; patches of tissue are marked brown, or, in
-    half of the images, some or all of the nuclei."""
+    """Immunohistochemistry: blue nuclei, pale to dark, among grayish fibres; patches of tissue are marked brown."""
     shape = labels.shape
     fibres = 0.5 * _fibres(rng, flow) + 0.4 * _noise(rng, shape, 9)
     marked = _smoothstep(_noise(rng, shape, 45) + 0.2 * fibres, rng.uniform(-0.3, 0.8), 1.6)
     brown = rng.uniform(0.2, 0.7) * marked * np.maximum(1 + 0.3 * fibres, 0.1) * np.where(labels > 0, 0.4, 1)
     haze = rng.uniform(0.08, 0.25) * np.maximum(1 + 0.4 * fibres, 0)
-    chromatin, share = _chromatin(rng, labels), rng.beta(0.6, 1) * (rng.random() < 0.5)
-    positive = (rng.random(labels.max() + 1) < share)[labels] & (labels > 0)
-    brown = np.where(positive, rng.uniform(0.5, 1.4) * chromatin, (1 - share) * brown).astype(np.float32)
-    nuclei = rng.uniform(0.5, 1.1) * chromatin * np.where(positive, rng.uniform(0, 0.7), 1)
-    return _transmit(rng, [(np.maximum(nuclei, haze), _vary(rng, HEMATOXYLIN)), (brown, _vary(rng, DAB))])
+    nuclei = rng.uniform(0.5, 1.1) * _chromatin(rng, labels)
+    return _transmit(rng, [(np.maximum(nuclei, haze), HEMATOXYLIN), (brown, DAB)])
 
 
 def paint_purple(rng: np.random.Generator, labels: NDArray[np.int32], flow: Map) -> Map:
     """One purple stain, anywhere between a smear on near-white and a section on lilac ground."""
     section = rng.random()
-    stain = _vary(rng, tuple(np.array(GIEMSA) * (1 - section) + np.array(THIONIN) * section))
+    stain = tuple(np.array(GIEMSA) * (1 - section) + np.array(THIONIN) * section)
     shape = labels.shape
     uneven = 0.08 * _fibres(rng, flow) + 0.2 * _noise(rng, shape, 50) + 0.06 * _noise(rng, shape, 5)
     ground = (0.05 + 0.3 * section) * np.maximum(1 + uneven, 0)
@@ -209,7 +194,7 @@ def _vary(rng: np.random.Generator, stain: tuple[float, ...]) -> tuple[float, ..
 
 
 def _transmit(rng: np.random.Generator, layers: list[tuple[Map, tuple[float, ...]]]) -> Map:
-    """Send white light through stains (Beer-Lambert), a lens and a camera or scanner, which sharpens and tints.
+    """Send white light through stains (Beer-Lambert), a lens and a camera.
 
     `layers` pairs an amount of stain, (H, W), with its C optical densities. Returns (H, W, C), about [0, 1].
     """
@@ -217,24 +202,8 @@ def _transmit(rng: np.random.Generator, layers: list[tuple[Map, tuple[float, ...
     for amount, stain in layers:
         density += amount[..., None] * np.array(stain, np.float32)
     image = cv2.GaussianBlur(np.exp(-density), (0, 0), 0.85)
-    image = image + rng.uniform(0, 0.8) * (image - cv2.GaussianBlur(image, (0, 0), 1.5))
     image = image.reshape(density.shape)  # OpenCV drops a lone channel
-    image = image * rng.uniform(0.85, 1.0, image.shape[2]).astype(np.float32)
     return image + 0.008 * rng.standard_normal(image.shape, np.float32)
-
-
-def _depths(labels: NDArray[np.int32]) -> tuple[Map, Map]:
-    """Depth of each pixel in its nucleus, (H, W), and as if nuclei that touch were one. Somewhere between the two, an
-    image shows a seam where they touch, or none."""
-    return depth(labels), depth((labels > 0).astype(np.int32))
-
-
-def _ramp(rng: np.random.Generator, shape: tuple[int, ...]) -> Map:
-    """From 0 to 1 across the image, in any direction, (H, W) float32."""
-    y, x = np.ogrid[: shape[0], : shape[1]]
-    angle = rng.uniform(-np.pi, np.pi)
-    ramp = (y * np.sin(angle) + x * np.cos(angle)).astype(np.float32)
-    return (ramp - ramp.min()) / max(float(np.ptp(ramp)), 1.0)
 
 
 def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32], openness: float = 1.2, pale: float = 0.55) -> Map:
@@ -243,8 +212,7 @@ def _chromatin(rng: np.random.Generator, labels: NDArray[np.int32], openness: fl
     Each is somewhere between dense (dark throughout) and vesicular (by `pale` lighter, clumped, with dark rim and
     nucleolus), the more of them the latter the greater the `openness`.
     """
-    n, (own, joint) = labels.max() + 1, _depths(labels)
-    deep = own + rng.random() * (joint - own)
+    n, deep = labels.max() + 1, depth(labels)
     open_ = (rng.beta(openness, 1.6, n).astype(np.float32))[labels]
     strength = np.clip(rng.normal(1, 0.16, n), 0.6, 1.5).astype(np.float32)[labels]
     clumps = 0.7 * _noise(rng, labels.shape, 2.5) + 0.5 * _noise(rng, labels.shape, 5)

@@ -32,14 +32,12 @@ Paint = Callable[[np.random.Generator, NDArray[np.int32], Map], Map]
 GAP = 3  # background pixels between two nuclei that may not touch
 MIN_AREA = 12  # pixels; what is left of a nucleus behind its neighbours or the image border
 MIN_VISIBLE = 0.6  # a nucleus that others hide more than this is drawn elsewhere
-MAX_COVER = 0.45  # of the image, where a kind has no more; nuclei shrink when more of them are asked for than fit
+MAX_COVER = 0.45  # of the image; nuclei shrink when more of them are asked for than fit
 N_TRIES = 12  # places tried per nucleus before the image counts as full
 
 TURN = np.linspace(0, 2 * np.pi, 48, endpoint=False)  # a contour is drawn through this many points
 CIRCLE = np.stack([np.cos(TURN), np.sin(TURN)])
 BUMPS = np.concatenate([2 / k * np.stack([np.cos(k * TURN), np.sin(k * TURN)]) for k in (2, 3, 4, 5)])
-#: Nuclei of other cells among those of a tissue: their radius, at most (pixels), and long over short axis.
-GUESTS = ((6.0, (1.0, 1.3)), (7.0, (3.0, 7.0)))  # lymphocytes; fibroblasts, muscle and the walls of vessels
 
 
 class Nucleus(NamedTuple):
@@ -69,7 +67,6 @@ class Kind(NamedTuple):
     align: float  # 0 any direction, 1 along the fibres
     paint: Paint
     flank: float = 0.0  # share of the nuclei laid against others that lie along their flank, as in a palisade
-    guests: float = 0.0  # most of the nuclei, as a share, that are of other cells, see `GUESTS`
 
 
 def draw_sample(
@@ -183,17 +180,16 @@ def _draw_labels(rng: np.random.Generator, row: Kind, flow: Map, n_nuclei: int |
     taken = np.zeros(labels.shape, np.uint8)
     radius = rng.uniform(*row.radius)
     cover = rng.uniform(*row.cover)
-    guests = rng.uniform(0, row.guests)
     if n_nuclei is None:
         n_nuclei = max(1, round(cover * labels.size / (np.pi * radius**2)))
-    most = np.sqrt(max(MAX_COVER, cover) * labels.size / (np.pi * max(n_nuclei, 1))) - gap / 2
+    most = np.sqrt(MAX_COVER * labels.size / (np.pi * max(n_nuclei, 1))) - gap / 2
     radius = min(radius, max(most, 2.5))
 
     placed: list[Nucleus] = []
     for _ in range(N_TRIES * n_nuclei):
         if len(placed) == n_nuclei:
             break
-        nucleus = draw_nucleus(rng, row, radius, flow, placed, gap, guests)
+        nucleus = draw_nucleus(rng, row, radius, flow, placed, gap)
         if _is_taken(taken, nucleus.y, nucleus.x):  # hidden at its centre: not worth drawing
             continue
         window, mask = _draw_mask(rng, nucleus, row.wobble, labels.shape)
@@ -213,13 +209,11 @@ def draw_nucleus(
     flow: Map,
     placed: list[Nucleus],
     gap: int,
-    guests: float = 0.0,
 ) -> Nucleus:
     """Draw size and direction, and a place: anywhere, or against a nucleus that is there."""
     _, height, width = flow.shape
-    most, aspect = GUESTS[rng.integers(len(GUESTS))] if rng.random() < guests else (radius, row.aspect)
-    size = min(radius, most) * np.exp(np.clip(rng.normal(0, row.spread), -1, 1))
-    stretch = np.sqrt(rng.uniform(*aspect))
+    size = radius * np.exp(np.clip(rng.normal(0, row.spread), -1, 1))
+    stretch = np.sqrt(rng.uniform(*row.aspect))
     turn = rng.uniform(-np.pi, np.pi) / 2 * (1 - row.align)
     y, x = rng.uniform(0, height), rng.uniform(0, width)
     along = np.arctan2(*flow[:, int(y), int(x)])
@@ -241,16 +235,12 @@ def _draw_mask(
 ) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
     """Fill the ellipse after deforming its contour by a low-order Fourier series; cut at the image border.
 
-    The longer it is, the more it may be bent and pointed. Returns the window of the image that holds it, and the mask
-    in that window.
+    Returns the window of the image that holds it, and the mask in that window.
     """
     factor = np.maximum(1 + rng.normal(0, wobble, len(BUMPS)) @ BUMPS, 0.4)
-    slender = min((nucleus.major / nucleus.minor - 1) / 3, 1.0)
-    along, across = CIRCLE * factor
-    across = nucleus.minor * across * (1 - np.minimum(CIRCLE[0] ** 2, 1)) ** (0.4 * slender * rng.random())
-    across = across + nucleus.major * slender * rng.normal(0, 0.15) * (along**2 - 0.5)
     cos, sin = np.cos(nucleus.angle), np.sin(nucleus.angle)
-    points = (np.array([[cos, -sin], [sin, cos]]) @ [nucleus.major * along, across]).T + (nucleus.x, nucleus.y)
+    axes = np.array([[nucleus.major * cos, -nucleus.minor * sin], [nucleus.major * sin, nucleus.minor * cos]])
+    points = (axes @ (CIRCLE * factor)).T + (nucleus.x, nucleus.y)
 
     size = np.array(shape[::-1])
     low = np.minimum(np.maximum(points.min(0), 0).astype(int), size)
@@ -287,17 +277,15 @@ def _take(taken: NDArray[np.uint8], window: tuple[slice, slice], mask: NDArray[n
 KINDS: dict[str, Kind] = {
     "fluorescence": Kind((9, 17), 0.18, (1.0, 1.8), 0.035, (0.08, 0.30), 0.35, 0.2, paint_fluorescence),
     "dense": Kind((5, 8), 0.15, (1.0, 1.5), 0.035, (0.12, 0.35), 0.85, 0.0, paint_fluorescence),
-    "tissue": Kind((7, 11), 0.22, (1.1, 2.6), 0.04, (0.12, 0.30), 0.35, 0.75, paint_tissue, guests=0.5),
+    "tissue": Kind((7, 11), 0.22, (1.1, 2.6), 0.04, (0.12, 0.30), 0.35, 0.75, paint_tissue),
     "purple": Kind((7, 12), 0.22, (1.0, 2.0), 0.045, (0.10, 0.28), 0.50, 0.4, paint_purple),
     "brightfield": Kind((6, 10), 0.20, (1.0, 1.6), 0.04, (0.02, 0.08), 0.30, 0.0, paint_brightfield),
     "thick": Kind((5, 11), 0.22, (1.1, 2.8), 0.05, (0.22, 0.42), 0.85, 0.5, paint_thick),
-    "infiltrate": Kind((5, 9), 0.20, (1.0, 1.8), 0.05, (0.22, 0.42), 0.80, 0.2, paint_tissue, guests=0.4),
-    "counterstain": Kind((5, 11), 0.22, (1.0, 2.4), 0.045, (0.12, 0.36), 0.60, 0.4, paint_counterstain, guests=0.4),
-    "epithelium": Kind((7, 14), 0.20, (1.0, 1.8), 0.04, (0.12, 0.40), 0.30, 0.2, paint_cells, guests=0.4),
-    "carcinoma": Kind((8, 19), 0.35, (1.0, 2.4), 0.055, (0.20, 0.42), 0.25, 0.4, paint_cells, guests=0.4),
+    "infiltrate": Kind((5, 9), 0.20, (1.0, 1.8), 0.05, (0.22, 0.42), 0.80, 0.2, paint_tissue),
+    "counterstain": Kind((5, 11), 0.22, (1.0, 2.4), 0.045, (0.12, 0.36), 0.60, 0.4, paint_counterstain),
+    "epithelium": Kind((7, 14), 0.20, (1.0, 1.8), 0.04, (0.12, 0.40), 0.30, 0.2, paint_cells),
+    "carcinoma": Kind((8, 19), 0.35, (1.0, 2.4), 0.055, (0.20, 0.42), 0.25, 0.4, paint_cells),
     "layer": Kind((7, 15), 0.22, (1.0, 2.2), 0.045, (0.15, 0.45), 0.30, 0.4, paint_layer),
     "palisade": Kind((5, 9), 0.18, (1.6, 3.6), 0.04, (0.20, 0.45), 0.93, 0.75, paint_layer, 0.85),
-    "gland": Kind((6, 10), 0.20, (1.4, 2.8), 0.045, (0.20, 0.42), 0.90, 0.75, paint_cells, 0.85, 0.3),
-    "spindle": Kind((5, 8), 0.22, (2.2, 6.0), 0.035, (0.08, 0.30), 0.40, 0.85, paint_cells, 0.5, 0.3),
-    "packed": Kind((5, 9), 0.20, (1.2, 3.0), 0.045, (0.40, 0.65), 0.95, 0.50, paint_thick, 0.6),
+    "gland": Kind((6, 10), 0.20, (1.4, 2.8), 0.045, (0.20, 0.42), 0.90, 0.75, paint_cells, 0.85),
 }

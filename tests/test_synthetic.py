@@ -11,9 +11,8 @@ from record import find_records
 from synthetic import GAP, KINDS, MIN_AREA, Nucleus, draw_nucleus, draw_sample, write_dataset
 
 SHAPE = (160, 208)
-#: Nuclei little darker than the bodies of their cells are among these.
-PALE = ("epithelium", "carcinoma", "gland", "spindle")
-GLOWING = ("fluorescence", "dense", "thick", "layer", "palisade", "packed")
+PALE = ("epithelium", "carcinoma", "gland")  # nuclei little darker than the bodies of their cells are among these
+GLOWING = ("fluorescence", "dense", "thick", "layer", "palisade")
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
