@@ -377,7 +377,7 @@ def load_segmenter(paths: Sequence[str | Path], config: Config, tuned: bool = Tr
             f"{paths[0]}: was trained on contours alone; name it beside another checkpoint, as an ensemble"
         )
     for network, other in zip(networks, configs, strict=True):
-        if other.contour.exclusive:
+        if len(networks) > 1 and other.contour.exclusive:
             network.active = ("contour",)  # all that it has learned; the others know the rest
         elif not other.contour.detect:
             network.active = tuple(head for head in network.heads if head != "contour")

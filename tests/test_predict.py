@@ -410,6 +410,9 @@ def test_a_network_of_contours_alone_finds_no_nuclei(tmp_path):
     save(tmp_path / "1.pkl", "caunet", 1, contour={"exclusive": True})
     with pytest.raises(ValueError, match="was trained on contours alone; name it beside another"):
         load_segmenter([tmp_path / "1.pkl"], Config())
+    save(tmp_path / "2.pkl", "caunet", 2)
+    asked = Config.model_validate({"contour": {"exclusive": True}})  # is for training; this one has learned both heads
+    assert load_segmenter([tmp_path / "2.pkl"], asked).networks[0].active == ("semantic", "contour")
 
 
 @pytest.mark.parametrize("orig_size", [True, False])
