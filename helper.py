@@ -283,7 +283,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
+        # as `set_aside` leaves it, where `--init checkpoint/latest.pkl` is said once more after a run that was cut off
+        moved = sorted(path.parent.glob(f"previous*/{path.name}"), key=lambda file: file.stat().st_mtime)
+        raise FileNotFoundError(f"{path}: no such checkpoint" + (f"; an earlier one is {moved[-1]}" if moved else ""))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch, pickle and zip errors alike, none of which tells a user more

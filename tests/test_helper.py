@@ -184,6 +184,8 @@ def test_an_earlier_run_is_set_aside(tmp_path):
         assert (tmp_path / place / "latest.pkl").read_text() == run
         assert names(tmp_path / place / "log") == [run]
     assert names(tmp_path) == ["notes.txt", "previous", "previous-2"]
+    with pytest.raises(FileNotFoundError, match="an earlier one is .*previous-2.latest.pkl"):
+        load_checkpoint(tmp_path / "latest.pkl")
     (tmp_path / "log").mkdir()
     assert set_aside(tmp_path) is None and (tmp_path / "log").is_dir()  # without a checkpoint nothing is at stake
 
