@@ -135,8 +135,8 @@ class Diagnosis(NamedTuple):
     """(n_true,): its area, in pixels."""
     ratios: NDArray[np.float64]
     """(n_true,): predicted over true area of a found nucleus, NaN of others."""
-    invented: int
-    """Predicted nuclei that lie for less than a quarter on any true one."""
+    invented: NDArray[np.int64]
+    """(n_invented,): areas of the predicted nuclei that lie for less than a quarter on any true one."""
 
 
 def diagnose(true: Labels, pred: Labels) -> Diagnosis:
@@ -177,7 +177,7 @@ def diagnose(true: Labels, pred: Labels) -> Diagnosis:
         "wide",
     )
     ratios = np.where(found, size / np.maximum(areas, 1), np.nan)
-    invented = int(np.count_nonzero(inter.max(axis=0, initial=0) < 0.25 * sizes))
+    invented = sizes[inter.max(axis=0, initial=0) < 0.25 * sizes]
     return Diagnosis(verdicts, areas, ratios, invented)
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from files import replacing
-from metric import THRESHOLDS, VERDICTS, average_precision, diagnose, pixel_iou
+from metric import THRESHOLDS, VERDICTS, Diagnosis, average_precision, diagnose, pixel_iou
 from record import Record
+
+#: Diameters (px, of a disk of a nucleus' area) between which errors are counted.
+DIAMETERS = (10, 16, 25, 40, 63)
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Score:
         Pixel IoU of the foreground, regardless of instances.
     n_true, n_pred : int
         Nuclei there, and nuclei found.
-    errors : dict
-        How many true nuclei have each of `metric.VERDICTS` but the first, and how many predicted ones are "invented".
+    diagnosis : Diagnosis
+        What became of each nucleus.
     """
 
     id: str
@@ -38,7 +42,7 @@ class Score:
     iou: float
     n_true: int
     n_pred: int
-    errors: Mapping[str, int] = field(default_factory=dict)
+    diagnosis: Diagnosis
 
     @property
     def mean_precision(self) -> float:
@@ -47,8 +51,6 @@ class Score:
 
 def score_image(record: Record, truth: NDArray[np.int32], labels: NDArray[np.int32]) -> Score:
     """Compare the labels of an image with the truth, both (H, W) int32."""
-    diagnosis = diagnose(truth, labels)
-    errors = {name: int((diagnosis.verdicts == name).sum()) for name in VERDICTS[1:]}
     return Score(
         record.id,
         record.sub_category,
@@ -56,7 +58,7 @@ def score_image(record: Record, truth: NDArray[np.int32], labels: NDArray[np.int
         pixel_iou(truth > 0, labels > 0),
         int(truth.max(initial=0)),
         int(labels.max(initial=0)),
-        errors | {"invented": diagnosis.invented},
+        diagnose(truth, labels),
     )
 
 
@@ -81,13 +83,14 @@ def format_summary(summary: dict[str, dict[str, float]]) -> str:
 
 
 def format_errors(scores: Sequence[Score]) -> str:
-    """What went wrong, by category, as a table to print: see `metric.diagnose`."""
-    names = (*VERDICTS[1:], "invented")
-    lines = [f"{'category':<20}{'nuclei':>8}" + "".join(f"{name:>10}" for name in names)]
-    for category, members in _by_category(scores).items():
-        counts = "".join(f"{sum(s.errors.get(name, 0) for s in members):>10}" for name in names)
-        lines.append(f"{category:<20}{sum(s.n_true for s in members):>8}{counts}")
-    return "\n".join(lines)
+    """What became of the nuclei, by category and by diameter, as two tables to print: see `metric.diagnose`.
+
+    Invented nuclei count by their own diameter. The last column tells how large those that were found are drawn: the
+    median of predicted over true area.
+    """
+    by_category = {name: _pool(members) for name, members in _by_category(scores).items()}
+    tables = (("category", by_category), ("diameter", _by_diameter(by_category["all"])))
+    return "\n\n".join(_format_diagnoses(title, rows) for title, rows in tables)
 
 
 def write_scores(path: Path, scores: Iterable[Score]) -> None:
@@ -170,3 +173,38 @@ def _means(scores: Sequence[Score]) -> dict[str, float]:
 def _by_category(scores: Sequence[Score]) -> dict[str, list[Score]]:
     categories = sorted({score.category for score in scores} - {""})
     return {name: [s for s in scores if s.category == name] for name in categories} | {"all": list(scores)}
+
+
+def _pool(scores: Sequence[Score]) -> Diagnosis:
+    """The nuclei of all images as of one."""
+    nothing = Diagnosis(np.empty(0, str), np.empty(0, int), np.empty(0), np.empty(0, int))
+    return Diagnosis(*map(np.concatenate, zip(nothing, *(s.diagnosis for s in scores), strict=True)))
+
+
+def _by_diameter(found: Diagnosis) -> dict[str, Diagnosis]:
+    """The nuclei between each two of `DIAMETERS`, where there are any."""
+    names = [f"{low} to {high} px" for low, high in pairwise(DIAMETERS)]
+    names = [f"below {DIAMETERS[0]} px", *names, f"above {DIAMETERS[-1]} px"]
+    true, invented = (np.digitize(np.sqrt(4 * areas / np.pi), DIAMETERS) for areas in (found.areas, found.invented))
+    return {
+        name: Diagnosis(
+            found.verdicts[true == i],
+            found.areas[true == i],
+            found.ratios[true == i],
+            found.invented[invented == i],
+        )
+        for i, name in enumerate(names)
+        if i in true or i in invented
+    }
+
+
+def _format_diagnoses(title: str, rows: Mapping[str, Diagnosis]) -> str:
+    names = VERDICTS[1:]
+    lines = [f"{title:<20}{'nuclei':>8}" + "".join(f"{name:>10}" for name in (*names, "invented", "area"))]
+    for name, found in rows.items():
+        counts = [int((found.verdicts == verdict).sum()) for verdict in names]
+        ratios = found.ratios[~np.isnan(found.ratios)]
+        area = f"{np.median(ratios):.2f}" if len(ratios) else "-"
+        cells = "".join(f"{cell:>10}" for cell in (*counts, len(found.invented), area))
+        lines.append(f"{name:<20}{len(found.verdicts):>8}{cells}")
+    return "\n".join(lines)

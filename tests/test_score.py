@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metric import THRESHOLDS
+from metric import THRESHOLDS, diagnose
 from record import Record
 from score import (
     Score,
@@ -22,9 +22,11 @@ from score import (
     write_scores,
 )
 
+NOTHING = diagnose(np.zeros((1, 1), np.int32), np.zeros((1, 1), np.int32))
+
 
 def score(name: str, category: str, precision: list[float], iou: float = 0.5, n: tuple[int, int] = (4, 3)) -> Score:
-    return Score(name, category, np.array(precision), iou, *n)
+    return Score(name, category, np.array(precision), iou, *n, NOTHING)
 
 
 SCORES = [
@@ -122,17 +124,26 @@ def test_csv_keeps_odd_names(tmp_path):
     ]  # fmt: skip
 
 
-def test_errors_are_counted_by_category():
-    truth, labels = np.zeros((12, 12), np.int32), np.zeros((12, 12), np.int32)
-    truth[0:3, 0:4], truth[8:11, 0:4] = 1, 2
-    labels[0:2, 0:4], labels[5:7, 8:10] = 1, 2
+def test_errors_are_counted_by_category_and_diameter():
+    truth, labels = np.zeros((99, 99), np.int32), np.zeros((99, 99), np.int32)
+    truth[0:3, 0:4], truth[8:11, 0:4], truth[30:90, 0:60] = 1, 2, 3  # 3.9, 3.9 and 67.7 px across
+    labels[0:2, 0:4], labels[5:17, 8:20], labels[30:90, 0:90] = 1, 2, 3  # too small by a third; invented; 1.5 times
     one = score_image(Record("x", Path("x.png"), sub_category="tissue"), truth, labels)
-    assert one.errors == {"merged": 0, "split": 0, "tight": 0, "wide": 0, "missed": 1, "invented": 1}
-    lines = format_errors([one, one]).splitlines()
-    assert lines[0].split() == ["category", "nuclei", "merged", "split", "tight", "wide", "missed", "invented"]
-    assert [line.split() for line in lines[1:]] == [
-        [name, "4", "0", "0", "0", "0", "2", "2"] for name in ("tissue", "all")
+    names = ["nuclei", "merged", "split", "tight", "wide", "missed", "invented", "area"]
+    both = ["6", "0", "0", "0", "0", "2", "2", "1.08"]  # the median of 2/3 and 3/2
+    by_category, by_diameter = format_errors([one, one]).split("\n\n")
+    header, *rows = (line.split() for line in by_category.splitlines())
+    assert header == ["category", *names] and rows == [["tissue", *both], ["all", *both]]
+    assert [line.split() for line in by_diameter.splitlines()] == [
+        ["diameter", *names],
+        ["below", "10", "px", "4", "0", "0", "0", "0", "2", "0", "0.67"],
+        ["10", "to", "16", "px", "0", "0", "0", "0", "0", "0", "2", "-"],
+        ["above", "63", "px", "2", "0", "0", "0", "0", "0", "0", "1.50"],
     ]
+
+
+def test_no_image_has_no_errors():
+    assert [line.split()[1:] for line in format_errors([]).splitlines()[1:2]] == [["0"] * 7 + ["-"]]
 
 
 def test_scores_read_back_without_the_categories(tmp_path):
