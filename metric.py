@@ -135,6 +135,8 @@ class Diagnosis(NamedTuple):
     """(n_true,): its area, in pixels."""
     ratios: NDArray[np.float64]
     """(n_true,): predicted over true area of a found nucleus, NaN of others."""
+    ious: NDArray[np.float64]
+    """(n_true,): its greatest IoU with a predicted one."""
     invented: NDArray[np.int64]
     """(n_invented,): areas of the predicted nuclei that lie for less than a quarter on any true one."""
 
@@ -178,7 +180,7 @@ def diagnose(true: Labels, pred: Labels) -> Diagnosis:
     )
     ratios = np.where(found, size / np.maximum(areas, 1), np.nan)
     invented = sizes[inter.max(axis=0, initial=0) < 0.25 * sizes]
-    return Diagnosis(verdicts, areas, ratios, invented)
+    return Diagnosis(verdicts, areas, ratios, (inter / union).max(axis=1, initial=0), invented)
 
 
 def panoptic_quality(true: Labels, pred: Labels, threshold: float = 0.5) -> float:

@@ -16,7 +16,7 @@ from metric import THRESHOLDS, VERDICTS, Diagnosis, average_precision, diagnose,
 from record import Record
 
 #: Diameters (px, of a disk of a nucleus' area) between which errors are counted.
-DIAMETERS = (10, 16, 25, 40, 63)
+DIAMETERS = (10, 16, 25, 40, 63, 100)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ def format_summary(summary: dict[str, dict[str, float]]) -> str:
 def format_errors(scores: Sequence[Score]) -> str:
     """What became of the nuclei, by category and by diameter, as two tables to print: see `metric.diagnose`.
 
-    Invented nuclei count by their own diameter. The last column tells how large those that were found are drawn: the
-    median of predicted over true area.
+    Invented nuclei count by their own diameter. The last columns tell how large those that were found are drawn, the
+    median of predicted over true area, and the recall at an IoU of 0.7.
     """
     by_category = {name: _pool(members) for name, members in _by_category(scores).items()}
     tables = (("category", by_category), ("diameter", _by_diameter(by_category["all"])))
@@ -177,7 +177,7 @@ def _by_category(scores: Sequence[Score]) -> dict[str, list[Score]]:
 
 def _pool(scores: Sequence[Score]) -> Diagnosis:
     """The nuclei of all images as of one."""
-    nothing = Diagnosis(np.empty(0, str), np.empty(0, int), np.empty(0), np.empty(0, int))
+    nothing = Diagnosis(np.empty(0, str), np.empty(0, int), np.empty(0), np.empty(0), np.empty(0, int))
     return Diagnosis(*map(np.concatenate, zip(nothing, *(s.diagnosis for s in scores), strict=True)))
 
 
@@ -191,6 +191,7 @@ def _by_diameter(found: Diagnosis) -> dict[str, Diagnosis]:
             found.verdicts[true == i],
             found.areas[true == i],
             found.ratios[true == i],
+            found.ious[true == i],
             found.invented[invented == i],
         )
         for i, name in enumerate(names)
@@ -200,11 +201,12 @@ def _by_diameter(found: Diagnosis) -> dict[str, Diagnosis]:
 
 def _format_diagnoses(title: str, rows: Mapping[str, Diagnosis]) -> str:
     names = VERDICTS[1:]
-    lines = [f"{title:<20}{'nuclei':>8}" + "".join(f"{name:>10}" for name in (*names, "invented", "area"))]
+    lines = [f"{title:<20}{'nuclei':>8}" + "".join(f"{name:>10}" for name in (*names, "invented", "area", "recall70"))]
     for name, found in rows.items():
         counts = [int((found.verdicts == verdict).sum()) for verdict in names]
         ratios = found.ratios[~np.isnan(found.ratios)]
         area = f"{np.median(ratios):.2f}" if len(ratios) else "-"
-        cells = "".join(f"{cell:>10}" for cell in (*counts, len(found.invented), area))
+        recall = f"{np.mean(found.ious > 0.7):.2f}" if len(found.ious) else "-"
+        cells = "".join(f"{cell:>10}" for cell in (*counts, len(found.invented), area, recall))
         lines.append(f"{name:<20}{len(found.verdicts):>8}{cells}")
     return "\n".join(lines)

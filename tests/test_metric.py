@@ -222,6 +222,7 @@ def test_every_error_has_a_name():
     assert found.areas.tolist() == [100, 100, 100, 400, 100, 36, 100]
     assert found.invented.tolist() == [100]
     assert found.ratios[0] == 1 and np.isnan(found.ratios[1:]).all()
+    assert found.ious == pytest.approx([90 / 110, 0.5, 0.5, 180 / 400, 0.4, 0.25, 0.2])
 
 
 @pytest.mark.parametrize("swap", [False, True])

@@ -127,23 +127,23 @@ def test_csv_keeps_odd_names(tmp_path):
 def test_errors_are_counted_by_category_and_diameter():
     truth, labels = np.zeros((99, 99), np.int32), np.zeros((99, 99), np.int32)
     truth[0:3, 0:4], truth[8:11, 0:4], truth[30:90, 0:60] = 1, 2, 3  # 3.9, 3.9 and 67.7 px across
-    labels[0:2, 0:4], labels[5:17, 8:20], labels[30:90, 0:90] = 1, 2, 3  # too small by a third; invented; 1.5 times
+    labels[0:2, 0:4], labels[5:17, 8:20], labels[30:90, 0:80] = 1, 2, 3  # IoU 2/3; invented; IoU 3/4
     one = score_image(Record("x", Path("x.png"), sub_category="tissue"), truth, labels)
-    names = ["nuclei", "merged", "split", "tight", "wide", "missed", "invented", "area"]
-    both = ["6", "0", "0", "0", "0", "2", "2", "1.08"]  # the median of 2/3 and 3/2
+    names = ["nuclei", "merged", "split", "tight", "wide", "missed", "invented", "area", "recall70"]
+    both = ["6", "0", "0", "0", "0", "2", "2", "1.00", "0.33"]  # the median of 2/3 and 4/3
     by_category, by_diameter = format_errors([one, one]).split("\n\n")
     header, *rows = (line.split() for line in by_category.splitlines())
     assert header == ["category", *names] and rows == [["tissue", *both], ["all", *both]]
     assert [line.split() for line in by_diameter.splitlines()] == [
         ["diameter", *names],
-        ["below", "10", "px", "4", "0", "0", "0", "0", "2", "0", "0.67"],
-        ["10", "to", "16", "px", "0", "0", "0", "0", "0", "0", "2", "-"],
-        ["above", "63", "px", "2", "0", "0", "0", "0", "0", "0", "1.50"],
+        ["below", "10", "px", "4", "0", "0", "0", "0", "2", "0", "0.67", "0.00"],
+        ["10", "to", "16", "px", "0", "0", "0", "0", "0", "0", "2", "-", "-"],
+        ["63", "to", "100", "px", "2", "0", "0", "0", "0", "0", "0", "1.33", "1.00"],
     ]
 
 
 def test_no_image_has_no_errors():
-    assert [line.split()[1:] for line in format_errors([]).splitlines()[1:2]] == [["0"] * 7 + ["-"]]
+    assert [line.split()[1:] for line in format_errors([]).splitlines()[1:2]] == [["0"] * 7 + ["-"] * 2]
 
 
 def test_scores_read_back_without_the_categories(tmp_path):
