@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 import parallel
-from annotation import geojson_features
+from annotation import Quality, geojson_features
 from candidate import Scene
 from detector import MaskRCNN
 from files import is_filled, replacing
 from helper import fingerprint
 from mosaic import Maps, Mosaic
-from postprocess import least_area
+from postprocess import Separation, least_area
 from predict import Segmenter
 from slide import Slide
 from tile import Window, claim, cut_blocks, round_zoom
@@ -115,9 +115,9 @@ class Ledger:
         """What is written in a window, (h, w) uint32."""
         return self.labels[window.slices]
 
-    def commit(self, window: Window, own: NDArray[np.int32]) -> None:
-        """Enter the nuclei of the next block, (h, w) int32 of its window, 1..M."""
-        features = geojson_features(own, (window.rows.start, window.columns.start), self.nuclei + 1)
+    def commit(self, window: Window, own: NDArray[np.int32], quality: Quality = None) -> None:
+        """Enter the nuclei of the next block, (h, w) int32 of its window, 1..M, and what is expected of each."""
+        features = geojson_features(own, (window.rows.start, window.columns.start), self.nuclei + 1, quality)
         text = ",\n".join(features)
         if text and self.nuclei:
             text = ",\n" + text
@@ -204,7 +204,7 @@ class TileFiles:
 
 def run_blocks(
     ledger: Ledger,
-    separate: Callable[[Window], NDArray[np.int32]],
+    separate: Callable[[Window], Separation],
     side: int,
     halo: int,
     prepare: Callable[[Window], None] = lambda window: None,
@@ -215,7 +215,7 @@ def run_blocks(
     Parameters
     ----------
     separate : callable
-        A window to the instances in it, (h, w) int32, 1..N.
+        A window to the instances in it.
     side, halo : int
         Of the blocks, and around them at first: it doubles where the window ends in a nucleus of the block.
     prepare : callable
@@ -234,11 +234,12 @@ def run_blocks(
         margin = halo
         while True:
             window = core.widen(margin, ledger.shape)
-            own, cut = claim(separate(window), window, core, ledger.shape, ledger.read(window))
+            found = separate(window)
+            own, cut = claim(found.labels, window, core, ledger.shape, ledger.read(window))
             if not cut or margin >= MAX_HALO * halo:
                 break
             margin *= 2
-        ledger.commit(window, own)
+        ledger.commit(window, own, quality_of(own, found))
         if core.columns.stop == ledger.shape[1]:
             forget(core.rows.stop - MAX_HALO * halo)
 
@@ -257,6 +258,15 @@ def run_blocks(
             pending.result()
             bar.update()
     return len(cores)
+
+
+def quality_of(own: NDArray[np.int32], found: Separation) -> Quality:
+    """What is expected of some of the nuclei that were found, which have other numbers now, 1..M."""
+    if found.quality is None:
+        return None
+    number = np.zeros(int(own.max(initial=0)) + 1, np.int32)
+    number[own] = found.labels
+    return found.quality[number[1:] - 1]
 
 
 def segment_slide(slide: Slide, segmenter: Segmenter, folder: Path, name: str) -> Outcome:
@@ -307,13 +317,13 @@ def fill_ledger(slide: Slide, segmenter: Segmenter, part: Path, key: str) -> tup
     done = ledger.blocks
     steady = settle(segmenter, plan)
     if isinstance(segmenter.networks[0], MaskRCNN):
-        run_blocks(ledger, lambda window: steady(slide.read(window)), valid.slide_block, valid.slide_halo)
+        run_blocks(ledger, lambda window: steady.begin(slide.read(window))[1](), valid.slide_block, valid.slide_halo)
         return ledger, done
     mosaic = segmenter.mosaic(slide.read, slide.shape, float(Fraction(plan["zoom"])))
     tiles = TileFiles(part / "tiles", mosaic)
 
-    def separate(window: Window) -> NDArray[np.int32]:
-        return steady.separate(steady.merge(mosaic.blend(window, tiles.get))).labels
+    def separate(window: Window) -> Separation:
+        return steady.separate(steady.merge(mosaic.blend(window, tiles.get)))
 
     run_blocks(ledger, separate, valid.slide_block, valid.slide_halo, tiles.prepare, tiles.forget)
     return ledger, done

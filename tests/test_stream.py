@@ -18,6 +18,7 @@ from confidence import Opinion
 from config import Config, Contour, Post
 from labels import relabel, split_fragments
 from outline import draw, read_outlines
+from postprocess import Separation
 from predict import Segmenter
 from slide import open_slide
 from stream import CHUNK, Ledger, finish_files, run_blocks, segment_slide
@@ -353,10 +354,11 @@ def test_files_of_others_stay(name, tmp_path):
 def test_more_nuclei_than_sixteen_bits_can_count(tmp_path):
     shape = (1100, 1100)
 
-    def separate(window: Window) -> np.ndarray:
+    def separate(window: Window) -> Separation:
         y, x = np.indices(window.shape)
         y, x = y + window.rows.start, x + window.columns.start
-        return relabel(np.where((y % 4 < 3) & (x % 4 < 3), (y // 4) * 275 + x // 4 + 1, 0))
+        numbers = np.where((y % 4 < 3) & (x % 4 < 3), (y // 4) * 275 + x // 4 + 1, 0)
+        return Separation(relabel(numbers), np.unique(numbers[numbers > 0]).astype(np.float32) % 1000 / 1000)
 
     book = ledger(tmp_path / "part", shape)
     assert run_blocks(book, separate, 512, 8) == 9
@@ -365,7 +367,12 @@ def test_more_nuclei_than_sixteen_bits_can_count(tmp_path):
     labels = tifffile.imread(tmp_path / "a.tif")
     assert labels.max() == 275 * 275
     assert (np.bincount(labels.ravel())[1:] == 9).all()
-    assert len(json.loads((tmp_path / "a.geojson").read_text())["features"]) == 275 * 275
+    features = json.loads((tmp_path / "a.geojson").read_text())["features"]
+    assert len(features) == 275 * 275
+    corners = np.array([np.min(feature["geometry"]["coordinates"][0], axis=0) for feature in features])
+    numbers = corners[:, 1] // 4 * 275 + corners[:, 0] // 4 + 1
+    expected = [feature["properties"]["measurements"]["expected quality"] for feature in features]
+    assert expected == pytest.approx(numbers % 1000 / 1000)  # each has its own, whatever block it was entered with
 
 
 def test_a_slide_without_nuclei(tmp_path):
