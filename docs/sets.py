@@ -4,8 +4,8 @@
     python valid.py --input FOLDER/unknown --iou --output runs/NAME/unknown
 
 DATA is a data folder with the competition's training images in train, and the 13 tissues of TCGA, added as data.md
-says, in tcga_full. FOLDER gets unknown (the 68 images of unknown_ids.txt), tcga (the middle 500 px of the 13) and small
-(the 80 of valid_ids.txt at 0.4 times their size), each in the Kaggle layout; what is there already stays.
+says, in external_TCGA_train. FOLDER gets unknown (the 68 images of unknown_ids.txt), tcga (the middle 500 px of the 13)
+and small (the 80 of valid_ids.txt at 0.4 times their size), each in the Kaggle layout; what is there already stays.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Image = NDArray[np.uint8]
 def main(data: str, folder: str) -> None:
     target = Path(folder)
     real = {record.id: record for record in find_records(Path(data) / "train")}
-    tissue = find_records(Path(data) / "tcga_full")
+    tissue = find_records(Path(data) / "external_TCGA_train")
     for record in tissue:
         write(target / "tcga", record, *middle(*read(record)))
     unknown = read_ids(DOCS / "unknown_ids.txt")
