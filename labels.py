@@ -11,7 +11,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from skimage import measure
 
 Labels = NDArray[np.integer[Any]]
@@ -105,7 +105,12 @@ def typical_size(sizes: NDArray[np.integer]) -> int:
 
 def typical_diameter(labels: Labels) -> float:
     """Diameter (px) of a disk of the typical area; 0 without labels."""
-    return float(np.sqrt(4 * typical_area(labels) / np.pi))
+    return float(disk_diameter(typical_area(labels)))
+
+
+def disk_diameter(area: ArrayLike) -> NDArray[np.float64]:
+    """Diameter (px) of a disk of each area (px)."""
+    return np.sqrt(4 * np.asarray(area) / np.pi)
 
 
 def pile(maps: Sequence[Labels]) -> NDArray[np.int32]:

@@ -163,8 +163,8 @@ def diagnose(true: Labels, pred: Labels) -> Diagnosis:
     areas, sizes = table[1:].sum(axis=1), table[:, 1:].sum(axis=0)
     inside = inter > 0.5 * areas[:, None]  # (true, pred): the true one lies mainly in the predicted one
     pieces = inter > 0.5 * sizes
-    hit = inter > 0.5 * union
-    found = hit.any(axis=1)
+    ious = (inter / union).max(axis=1, initial=0)
+    found = ious > 0.5
     best = inter.argmax(axis=1) if inter.shape[1] else np.zeros(len(areas), int)
     size = sizes[best] if len(sizes) else np.zeros(len(areas), int)
     verdicts = np.select(
@@ -180,7 +180,7 @@ def diagnose(true: Labels, pred: Labels) -> Diagnosis:
     )
     ratios = np.where(found, size / np.maximum(areas, 1), np.nan)
     invented = sizes[inter.max(axis=0, initial=0) < 0.25 * sizes]
-    return Diagnosis(verdicts, areas, ratios, (inter / union).max(axis=1, initial=0), invented)
+    return Diagnosis(verdicts, areas, ratios, ious, invented)
 
 
 def panoptic_quality(true: Labels, pred: Labels, threshold: float = 0.5) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from files import replacing
+from labels import disk_diameter
 from metric import THRESHOLDS, VERDICTS, Diagnosis, average_precision, diagnose, pixel_iou
 from record import Record
 
@@ -185,7 +186,7 @@ def _by_diameter(found: Diagnosis) -> dict[str, Diagnosis]:
     """The nuclei between each two of `DIAMETERS`, where there are any."""
     names = [f"{low} to {high} px" for low, high in pairwise(DIAMETERS)]
     names = [f"below {DIAMETERS[0]} px", *names, f"above {DIAMETERS[-1]} px"]
-    true, invented = (np.digitize(np.sqrt(4 * areas / np.pi), DIAMETERS) for areas in (found.areas, found.invented))
+    true, invented = (np.digitize(disk_diameter(areas), DIAMETERS) for areas in (found.areas, found.invented))
     return {
         name: Diagnosis(
             found.verdicts[true == i],

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from labels import Labels
+from labels import Labels, disk_diameter
 
 #: Zooms of tiled images are whole sixteenths: then a tile can begin where a pixel of the image and of its enlargement
 #: begin together, and be resampled by itself to the pixels that the whole image would give: the very same where the
@@ -294,7 +294,7 @@ def _covers_one(seen: NDArray[np.bool_], there: Labels, written: Labels) -> bool
     rest = seen & (there == 0)
     neck = np.count_nonzero(rest & ndimage.binary_dilation(there == other))
     lesser = min(np.count_nonzero(rest), held[other])
-    return bool(neck >= NECK * np.sqrt(4 * lesser / np.pi))
+    return bool(neck >= NECK * disk_diameter(lesser))
 
 
 def join(canvas: NDArray[np.int32], labels: Labels, window: Window, core: Window, n_known: int) -> int:

@@ -11,6 +11,7 @@ and small (the 80 of valid_ids.txt at 0.4 times their size), each in the Kaggle 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -34,21 +35,14 @@ Image = NDArray[np.uint8]
 def main(data: str, folder: str) -> None:
     target = Path(folder)
     real = {record.id: record for record in find_records(Path(data) / "train")}
-    tissue = find_records(Path(data) / "external_TCGA_train")
-    for record in tissue:
-        write(target / "tcga", record, *middle(*read(record)))
+    for record in find_records(Path(data) / "external_TCGA_train"):
+        write(target / "tcga", record, middle)
     unknown = read_ids(DOCS / "unknown_ids.txt")
     for record in [*find_records(target / "tcga"), *real.values()]:
         if record.id in unknown:
-            write(target / "unknown", record, *read(record))
+            write(target / "unknown", record)
     for image_id in sorted(read_ids(DOCS / "valid_ids.txt")):
-        write(target / "small", real[image_id], *reduce(*read(real[image_id])))
-
-
-def read(record: Record) -> tuple[Image, NDArray[np.int32]]:
-    assert record.masks is not None
-    image = read_image(record.image)
-    return image, read_labels(record.masks, image.shape[:2])
+        write(target / "small", real[image_id], reduce)
 
 
 def middle(image: Image, labels: NDArray[np.int32]) -> tuple[Image, NDArray[np.int32]]:
@@ -70,10 +64,15 @@ def reduce(image: Image, labels: NDArray[np.int32]) -> tuple[Image, NDArray[np.i
     return smaller(image), reduced
 
 
-def write(folder: Path, record: Record, image: Image, labels: NDArray[np.int32]) -> None:
-    if not (folder / record.id).exists():
-        pixels = Pixels(np.ascontiguousarray(image), False)
-        write_sample(folder, record.id, partial(write_pixels, name=record.id, pixels=pixels), labels)
+def write(folder: Path, record: Record, change: Callable = lambda image, labels: (image, labels)) -> None:
+    """An image and its nuclei, changed, where they are not there already."""
+    if (folder / record.id).exists():
+        return
+    assert record.masks is not None
+    image = read_image(record.image)
+    image, labels = change(image, read_labels(record.masks, image.shape[:2]))
+    pixels = Pixels(np.ascontiguousarray(image), False)
+    write_sample(folder, record.id, partial(write_pixels, name=record.id, pixels=pixels), labels)
 
 
 if __name__ == "__main__":
