@@ -100,6 +100,15 @@ def _freeze_epochs(value: Any) -> Any:
     return value
 
 
+def _encoder_rate(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError("wanted a number, or auto") from None
+    return value
+
+
 def _empty_to_none(value: Any) -> Any:
     return None if isinstance(value, str) and not value.strip() else value
 
@@ -120,6 +129,7 @@ Channels = Annotated[tuple[int, ...], BeforeValidator(_split_list), Field(max_le
 OptionalTriple = Annotated[tuple[float, float, float] | None, BeforeValidator(_parse_json)]
 Options = Annotated[dict[str, Any], BeforeValidator(lambda value: _parse_json(value) or {})]
 FreezeEpochs = Annotated[Literal["auto", "forever"] | Annotated[int, Field(ge=0)], BeforeValidator(_freeze_epochs)]
+EncoderRate = Annotated[Annotated[float, Field(ge=0)] | Literal["auto"], BeforeValidator(_encoder_rate)]
 OptionalBool = Annotated[bool | None, BeforeValidator(_empty_to_none)]
 OptionalInt = Annotated[int | None, BeforeValidator(_empty_to_none)]
 OptionalPath = Annotated[Path | None, BeforeValidator(_empty_to_none)]
@@ -147,7 +157,7 @@ class Param(Section):
     encoder: str = "auto"
     encoder_weights: str = "imagenet"
     freeze_epochs: FreezeEpochs = "auto"
-    encoder_rate: float = Field(1.0, ge=0)
+    encoder_rate: EncoderRate = "auto"
     heads: Names = ()
     options: Options = {}
     conv_order: str = "can"
@@ -186,7 +196,7 @@ class Train(Section):
     minutes: float = Field(0, ge=0)
     n_ckpt_epoch: int = Field(10, ge=1)
     n_cv_epoch: int = Field(5, ge=1)
-    n_batch: int = Field(10, ge=1)
+    n_batch: int = Field(6, ge=1)
     n_worker: int = Field(2, ge=0)
     print_freq: int = Field(10, ge=1)
     balance_group: Share = 0.5
@@ -198,7 +208,7 @@ class Train(Section):
     weight_decay: float = Field(0.01, ge=0)
     schedule: str = "cosine"
     warm_up: Fraction = 0.1
-    calm_share: Fraction = 0.1
+    calm_share: Fraction = 0.35
     step_epochs: int = Field(300, ge=1)
     step_factor: float = Field(0.3, gt=0, le=1)
     clip_norm: float = Field(1.0, ge=0)
@@ -263,14 +273,14 @@ class Pre(Section):
     equal_size: bool = False
     aspect: float = Field(0.25, ge=0, lt=1)
     elastic_distortion: bool = True
-    color_invert: bool = False
+    color_invert: bool = True
     color_jitter: bool = True
     color_equalize: bool = False
     gray: bool = True
     color_space_shift: bool = True
-    channel_shuffle: bool = False
+    channel_shuffle: bool = True
     paste_nuclei: bool = False
-    fade_nuclei: bool = False
+    fade_nuclei: bool = True
     stain_shift: bool = True
     recolor: bool = True
     style_mix: bool = False

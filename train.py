@@ -93,7 +93,7 @@ def run(config: Config, args: argparse.Namespace) -> int:
     print(format_epoch(train, valid, loader.dataset.balance))
     if config.train.drawn_share:
         print(f"{config.train.drawn_share:.0%} of an epoch are synthetic images in their place ([train] drawn_share)")
-    frozen = ", its encoder frozen" if trainer.epoch < trainer.thaw_epoch else ""
+    frozen = ", its encoder frozen" if trainer.frozen else ""
     many = f" by {parallel.world()} processes" if parallel.world() > 1 else ""
     print(f"{config.param.model} on {device} in {str(precision).removeprefix('torch.')}{frozen}{many}")
     if state is None:

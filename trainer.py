@@ -129,7 +129,7 @@ class Trainer:
         self.learner: nn.Module | None = None
         kind = torch.optim.AdamW if config.train.optimizer == "adamw" else torch.optim.Adam
         decay = config.train.weight_decay if config.train.optimizer == "adamw" else 0.0
-        self.optimizer = kind(group_parameters(model, config.param.encoder_rate), weight_decay=decay)
+        self.optimizer = kind(group_parameters(model, encoder_rate(config, model)), weight_decay=decay)
         self.thaw_epoch = thaw_epoch(config, model)
         self.schedule = pick(SCHEDULES, config.train.schedule, "schedule")
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
@@ -218,6 +218,18 @@ class Trainer:
         due = self.epoch % self.config.train.n_cv_epoch == 0 or self.stretch.done(self.epoch)
         return self.evaluate is not None and self.epoch > 0 and due and self.judged != self.epoch
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the next epoch leaves the encoder as it is."""
+        if self.thaw_epoch is None:
+            return self._middle < self.config.train.warm_up
+        return self.epoch < self.thaw_epoch
+
+    @property
+    def _middle(self) -> float:
+        """How much of the stretch is done, 0 to 1, in the middle of the next epoch."""
+        return self.stretch.progress(self.epoch + 0.5, self.stretch.elapsed + self.lasted / 2)
+
     def _train_epoch(self, log: SummaryWriter | None) -> None:
         """One epoch, or what the clock leaves of it."""
         self._start_epoch()
@@ -243,11 +255,9 @@ class Trainer:
         """Freeze or thaw the encoder, and wrap the network in what a step calls where that has changed; near the end of
         the stretch, change images less."""
         share = self.config.train.calm_share
-        middle = self.stretch.progress(self.epoch + 0.5, self.stretch.elapsed + self.lasted / 2)
-        self.loader.dataset.calm = share > 0 and middle >= 1 - share
-        frozen = self.epoch < self.thaw_epoch
-        if self.learner is None or frozen != self.model.frozen:
-            self.model.freeze(frozen)
+        self.loader.dataset.calm = share > 0 and self._middle >= 1 - share
+        if self.learner is None or self.frozen != self.model.frozen:
+            self.model.freeze(self.frozen)
             self.learner = None
             gc.collect()  # or the hooks of the old wrapper would be called, too
             self.learner = share_gradients(Learner(self.model, self.criterion, self.precision, self.teacher))
@@ -475,14 +485,28 @@ def group_parameters(model: Network, encoder_rate: float) -> list[dict[str, Any]
     return [group for group in groups if group["params"]]
 
 
-def thaw_epoch(config: Config, model: Network) -> float:
-    """The epoch from which the encoder is trained; at once where there are no weights to keep."""
-    if not isinstance(model.encoder, LibraryEncoder) or config.param.encoder_weights == "none":
+def _is_pretrained(config: Config, model: Network) -> bool:
+    """Whether the encoder begins with weights that are worth keeping."""
+    return isinstance(model.encoder, LibraryEncoder) and config.param.encoder_weights != "none"
+
+
+def encoder_rate(config: Config, model: Network) -> float:
+    """The learning rate of the encoder, as a multiple of the others'."""
+    wanted = config.param.encoder_rate
+    if wanted == "auto":
+        return 0.5 if _is_pretrained(config, model) else 1.0
+    return wanted
+
+
+def thaw_epoch(config: Config, model: Network) -> float | None:
+    """The epoch from which the encoder is trained: at once where there are no weights to keep; None: when the learning
+    rate has risen, so that what other layers learn in haste does not spoil it."""
+    if not _is_pretrained(config, model):
         return 0
     wanted = config.param.freeze_epochs
-    if wanted == "auto":
-        wanted = "forever" if model.frozen else 0
-    return math.inf if wanted == "forever" else wanted
+    if wanted == "auto" and not model.frozen:
+        return None
+    return wanted if isinstance(wanted, int) else math.inf
 
 
 def pick_rules(config: Config, heads: tuple[str, ...]) -> dict[str, str]:

@@ -30,6 +30,7 @@ from trainer import (
     adapt,
     autotuned_convolutions,
     count_pixels,
+    encoder_rate,
     group_parameters,
     log_graph,
     norm_statistics,
@@ -306,7 +307,8 @@ def test_unknown_schedule_is_refused(folder, tmp_path):
     ("name", "param", "expected"),
     [
         ("unet", {}, 0),
-        ("lite_camunet", {}, 0),
+        ("lite_camunet", {}, None),
+        ("lite_camunet", {"freeze_epochs": 0}, 0),
         ("res_unet", {}, math.inf),
         ("res_unet", {"freeze_epochs": 0}, 0),
         ("res_unet", {"freeze_epochs": 3}, 3),
@@ -320,6 +322,20 @@ def test_unknown_schedule_is_refused(folder, tmp_path):
 def test_when_the_encoder_is_thawed(name, param, expected):
     model = build_model(name, **({"encoder": param.get("encoder", "resnet18")} if name == "res_unet" else {}))
     assert thaw_epoch(settings(param=param), model) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "param", "expected"),
+    [
+        ("lite_camunet", {}, 0.5),
+        ("lite_camunet", {"encoder_weights": "none"}, 1.0),
+        ("camunet", {}, 1.0),
+        ("camunet", {"encoder_rate": 0.1}, 0.1),
+        ("lite_camunet", {"encoder_rate": 0}, 0.0),
+    ],
+)
+def test_how_fast_the_encoder_learns(name, param, expected):
+    assert encoder_rate(settings(param=param), build_model(name)) == expected
 
 
 def test_parameters_in_two_groups_in_the_order_of_the_model():
@@ -344,6 +360,20 @@ def test_the_encoder_is_frozen_then_thawed_then_trained_at_its_own_rate(folder, 
     trainer.run(Log())
     assert not any(torch.equal(p, start[name]) for name, p in trainer.model.encoder.named_parameters())
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.005, 0.01]
+
+
+@pytest.mark.parametrize("minutes", [0, 1])
+def test_the_encoder_is_thawed_when_the_learning_rate_has_risen(minutes, folder, tmp_path):
+    trainer = make(folder, tmp_path, settings(param={"model": "lite_camunet"}, train={"warm_up": 0.25}))
+    frozen = []
+    for epoch in range(8):
+        trainer.epoch = epoch
+        trainer.stretch = Stretch(0, 8, minutes, epoch * 60 / 8)
+        trainer.lasted = 60 / 8
+        frozen.append(trainer.frozen)
+    assert frozen == [True] * 2 + [False] * 6
+    trainer.epoch, trainer.stretch = 0, Stretch(0, 1)
+    assert not trainer.frozen  # a training of one epoch trains all of it
 
 
 def test_a_state_with_one_group_of_parameters_is_taken_up(folder, tmp_path):
