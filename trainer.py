@@ -220,15 +220,14 @@ class Trainer:
 
     @property
     def frozen(self) -> bool:
-        """Whether the next epoch leaves the encoder as it is."""
-        if self.thaw_epoch is None:
-            return self._middle < self.config.train.warm_up
-        return self.epoch < self.thaw_epoch
+        """Whether the next step leaves the encoder as it is."""
+        return self._freezes(self.stretch.progress(self.epoch, self.stretch.elapsed))
 
-    @property
-    def _middle(self) -> float:
-        """How much of the stretch is done, 0 to 1, in the middle of the next epoch."""
-        return self.stretch.progress(self.epoch + 0.5, self.stretch.elapsed + self.lasted / 2)
+    def _freezes(self, progress: float) -> bool:
+        """Whether the encoder stays as it is in this epoch, when so much of the stretch is done, 0 to 1."""
+        if self.thaw_epoch is None:
+            return progress < self.config.train.warm_up
+        return self.epoch < self.thaw_epoch
 
     def _train_epoch(self, log: SummaryWriter | None) -> None:
         """One epoch, or what the clock leaves of it."""
@@ -243,6 +242,7 @@ class Trainer:
                 if self.stretch.minutes and progress >= 1 and (i or spent):  # one step at least in a stretch
                     break
                 self._set_rates(progress)
+                self._wrap(self._freezes(progress))
                 self._train_step(parts, meters)
                 meters.tick(waited)
                 bar.update()
@@ -252,19 +252,23 @@ class Trainer:
         self._end_epoch(meters.settle().means(), spent + time.monotonic() - began, log)
 
     def _start_epoch(self) -> None:
-        """Freeze or thaw the encoder, and wrap the network in what a step calls where that has changed; near the end of
-        the stretch, change images less."""
+        """Near the end of the stretch, change images less."""
         share = self.config.train.calm_share
-        self.loader.dataset.calm = share > 0 and self._middle >= 1 - share
-        if self.learner is None or self.frozen != self.model.frozen:
-            self.model.freeze(self.frozen)
-            self.learner = None
-            gc.collect()  # or the hooks of the old wrapper would be called, too
-            self.learner = share_gradients(Learner(self.model, self.criterion, self.precision, self.teacher))
+        middle = self.stretch.progress(self.epoch + 0.5, self.stretch.elapsed + self.lasted / 2)
+        self.loader.dataset.calm = share > 0 and middle >= 1 - share
         self.model.train()
         if parallel.world() > 1:  # each draws its own numbers, in dropout for one, and the same again after a resume
             seeds = np.random.SeedSequence([self.config.train.seed, self.epoch, parallel.rank()])
             torch.manual_seed(int(seeds.generate_state(1)[0]))
+
+    def _wrap(self, frozen: bool) -> None:
+        """Freeze or thaw the encoder, and wrap the network in what a step calls, where that has changed."""
+        if self.learner is not None and frozen == self.model.frozen:
+            return
+        self.model.freeze(frozen)
+        self.learner = None
+        gc.collect()  # or the hooks of the old wrapper would be called, too
+        self.learner = share_gradients(Learner(self.model, self.criterion, self.precision, self.teacher))
 
     def _progress(self, done: float, elapsed: float) -> float:
         """How much of the stretch is done, after so much of the epoch; by the clock of the main process."""

@@ -362,18 +362,27 @@ def test_the_encoder_is_frozen_then_thawed_then_trained_at_its_own_rate(folder, 
     assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.005, 0.01]
 
 
-@pytest.mark.parametrize("minutes", [0, 1])
-def test_the_encoder_is_thawed_when_the_learning_rate_has_risen(minutes, folder, tmp_path):
+def test_the_encoder_is_thawed_when_the_learning_rate_has_risen(folder, tmp_path):
+    """Within an epoch, where that is long: a training of a single one trains all of the network."""
+    config = settings(default={"width": 64}, param={"model": "lite_camunet"}, train={"warm_up": 0.5, "n_batch": 1})
+    trainer = make(folder, tmp_path, config)
+    start = {name: value.clone() for name, value in trainer.model.encoder.state_dict().items()}
+    trainer.stretch = Stretch(0, 1)
+    seen, learn = [], trainer._train_step
+    trainer._train_step = lambda parts, meters: seen.append(trainer.model.frozen) or learn(parts, meters)
+    assert trainer.frozen
+    trainer.run(Log())
+    n = len(trainer.loader.steps())
+    assert seen == [i / n < 0.5 for i in range(n)] and set(seen) == {True, False}
+    assert not any(torch.equal(p, start[name]) for name, p in trainer.model.encoder.named_parameters())
+    assert not trainer.frozen
+
+
+@pytest.mark.parametrize(("elapsed", "expected"), [(0, True), (14.9, True), (15, False), (60, False)])
+def test_by_the_clock_the_encoder_is_thawed_in_time(elapsed, expected, folder, tmp_path):
     trainer = make(folder, tmp_path, settings(param={"model": "lite_camunet"}, train={"warm_up": 0.25}))
-    frozen = []
-    for epoch in range(8):
-        trainer.epoch = epoch
-        trainer.stretch = Stretch(0, 8, minutes, epoch * 60 / 8)
-        trainer.lasted = 60 / 8
-        frozen.append(trainer.frozen)
-    assert frozen == [True] * 2 + [False] * 6
-    trainer.epoch, trainer.stretch = 0, Stretch(0, 1)
-    assert not trainer.frozen  # a training of one epoch trains all of it
+    trainer.stretch = Stretch(0, 0, 1, elapsed)
+    assert trainer.frozen == expected
 
 
 def test_a_state_with_one_group_of_parameters_is_taken_up(folder, tmp_path):
@@ -501,7 +510,7 @@ def test_a_stretch_makes_one_step_at_least(folder, tmp_path):
 def test_a_short_training_ends_calm_too(folder, tmp_path):
     """A tenth of six epochs is an epoch, to the nearest; of four it is none."""
     seen = []
-    trainer = make(folder, tmp_path, settings())
+    trainer = make(folder, tmp_path, settings(train={"calm_share": 0.1}))
     for n in (6, 4):
         trainer.stretch = Stretch(0, n)
         for trainer.epoch in range(n):
