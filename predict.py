@@ -49,7 +49,7 @@ N_LOOKS = 9
 #: Side of a tile (px) where the settings never want one, and there must be one; overlap of the tiles of a detector.
 TILE, DETECTOR_OVERLAP = 1024, 128
 #: Share of what an output depends on that two tiles have in common.
-REACH_SHARE = 0.99
+REACH_SHARE = 0.995
 
 
 class Look(NamedTuple):
