@@ -10,8 +10,9 @@
 Probability maps are predicted once; `[param] threshold`, `threshold_mark` and rules of `[post]` are tried on them.
 What you set yourself (config.ini, --set) is not searched. Then a second opinion learns how good each candidate for a
 nucleus is, and chooses among all ways to cut ([post] policy = forest): one from training images, and one from the
-validation images, each of which is judged by what the other kinds taught. The better of the two is kept where it does
-better than thresholds tuned in that way. valid.py then uses what was found, unless you set it.
+validation images, both judged on each kind of image by what other kinds taught. The better of the two is kept where it
+does better than thresholds judged in that way, and these where they do no worse than the settings as they are. valid.py
+then uses what was found, unless you set it.
 
 --like is for a network that was trained further, from another, with all images: none is left to tune it on.
 """
@@ -30,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from confidence import Opinion, learn
+from confidence import Opinion
 from config import CHECKPOINT_KEYS, Config, look_up
 from detector import MaskRCNN
 from division import group_records, recall_side
@@ -50,7 +51,7 @@ from model import build_model
 from pipeline import ordered
 from predict import Segmenter, load_segmenter
 from record import Record
-from tuning import GRID, WITH_OPINION, Case, Lesson, Tuner, examine, form_opinion, judge
+from tuning import GRID, WITH_OPINION, Case, Lesson, Tuner, examine, form_from_lessons, form_opinion
 
 #: Processes that judge, at most: each holds all maps.
 MOST_WORKERS = 8
@@ -82,6 +83,8 @@ def run(config: Config, args: argparse.Namespace) -> int:
         best = tuner.search()
         before, after, honest = tuner.scores(tuner.start), tuner.scores(best), tuner.cross_validate()
     columns = {"before": before, "tuned": after, "tuned on others": honest}
+    if honest.mean() < before.mean():  # what looks better on these images is worse on others
+        best, after, honest = tuner.start, before, before
     found: dict[str, Any] = {"values": dict(best), "scores": {"score": after.mean(), "cross_validated": honest.mean()}}
     formed = form_opinions(cases, lessons, segmenter.config) if wants_opinion(config) else {}
     for title, (opinion, scores) in formed.items():
@@ -162,13 +165,12 @@ def study(segmenter: Segmenter, config: Config, records: Sequence[Record]) -> li
 def form_opinions(
     cases: Sequence[Case], lessons: Sequence[Lesson], config: Config
 ) -> dict[str, tuple[Opinion, NDArray[np.float64]]]:
-    """Title -> a second opinion, and the scores of the cases by one that has seen neither them nor their kin."""
+    """Title -> a second opinion, and the scores of the cases by one that has seen no image of their kinds."""
     asked, formed = config.suggest(WITH_OPINION), {}
     if (of_others := form_opinion(cases, asked)) is not None:
         formed["opinion of others"] = of_others
-    if any(len(ious) for _, ious in lessons):
-        opinion = learn([features for features, _ in lessons], [ious for _, ious in lessons])
-        formed["opinion of training"] = opinion, np.array([judge(case, asked, opinion) for case in cases])
+    if (of_training := form_from_lessons(lessons, cases, asked)) is not None:
+        formed["opinion of training"] = of_training
     return formed
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +52,6 @@ N_PICKS = 8
 LEAST_GAIN = 1e-6
 
 Choice = tuple[tuple[str, Any], ...]
-#: What is known of each candidate of an image, (N, F), and its IoU with the truth, (N,).
-Lesson = tuple[NDArray[np.float32], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,14 @@ class Case:
         return cls(kind, tuple(packed), relabel(truth[box]), group)
 
 
+class Lesson(NamedTuple):
+    """What an image teaches an opinion."""
+
+    kind: str
+    features: NDArray[np.float32]  # (N, F), of each candidate
+    ious: NDArray[np.float64]  # (N,), with the truth
+
+
 def judge(case: Case, config: Config, opinion: Opinion | None = None) -> float:
     """The mean average precision of an image whose nuclei are separated by the settings."""
     probs, thresholds = _unpack(case, config)
@@ -97,7 +103,7 @@ def examine(case: Case, config: Config) -> Lesson:
     """The candidates of an image."""
     probs, thresholds = _unpack(case, config)
     forest = candidates(probs["semantic"] > thresholds["semantic"], probs, config.post)
-    return describe(forest, probs), forest.overlaps(case.truth)
+    return Lesson(case.kind, describe(forest, probs), forest.overlaps(case.truth))
 
 
 def _unpack(case: Case, config: Config) -> tuple[Probs, dict[str, float]]:
@@ -275,16 +281,35 @@ def form_opinion(cases: Sequence[Case], config: Config, seed: int = 1) -> tuple[
     parts = strangers(cases, seed)
     scores = np.full(len(cases), np.nan)
 
-    def form(chosen: NDArray[np.bool_]) -> Opinion:
-        some = [image for image, wanted in zip(known, chosen, strict=True) if wanted]
-        return learn([features for features, _ in some], [ious for _, ious in some], seed)
-
     for mine, others in parts:
-        if not any(len(ious) for (_, ious), one in zip(known, others, strict=True) if one):
+        opinion = _learn([lesson for lesson, wanted in zip(known, others, strict=True) if wanted], seed)
+        if opinion is None:
             return None
-        opinion = form(others)
         scores[mine] = [judge(case, config, opinion) for case, its in zip(cases, mine, strict=True) if its]
-    return None if np.isnan(scores).any() else (form(np.ones(len(cases), bool)), scores)
+    opinion = _learn(known, seed)
+    return None if opinion is None or np.isnan(scores).any() else (opinion, scores)
+
+
+def form_from_lessons(
+    lessons: Sequence[Lesson], cases: Sequence[Case], config: Config, seed: int = 1
+) -> tuple[Opinion, NDArray[np.float64]] | None:
+    """As `form_opinion`, of other images that teach: each case is judged by what those of other kinds taught, by all
+    where there is no other kind. None where there is no candidate to learn from."""
+    everything = _learn(lessons, seed)
+    if everything is None:
+        return None
+    of_others = {
+        kind: _learn([lesson for lesson in lessons if lesson.kind != kind], seed) or everything
+        for kind in {case.kind for case in cases}
+    }
+    return everything, np.array([judge(case, config, of_others[case.kind]) for case in cases])
+
+
+def _learn(lessons: Sequence[Lesson], seed: int) -> Opinion | None:
+    """What the images teach; None without a candidate."""
+    if not any(len(lesson.ious) for lesson in lessons):
+        return None
+    return learn([lesson.features for lesson in lessons], [lesson.ious for lesson in lessons], seed)
 
 
 _cases: Sequence[Case] = ()

@@ -80,18 +80,29 @@ def test_an_opinion_that_helps_goes_with_the_checkpoint(data, trained, tmp_path,
     assert load_segmenter([folder / "best.pkl"], load_config()).opinion is None
 
 
+def test_rules_that_are_worse_on_others_are_not_kept(data, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "wants_opinion", lambda config: False)
+    monkeypatch.setattr(tune.Tuner, "search", lambda tuner: (*tuner.start[1:], ("param.threshold", 0.123)))
+    for worse, kept in ((0.1, 0.5), (0.0, 0.123)):
+        path = shutil.copy(trained / "best.pkl", tmp_path / "best.pkl")
+        monkeypatch.setattr(tune.Tuner, "cross_validate", lambda tuner, by=worse: tuner.scores(tuner.start) - by)
+        assert tune.main([str(path), "--data", str(data)]) == 0
+        assert ("0.123" in capsys.readouterr().out) == (kept == 0.123)
+        assert load_segmenter([path], load_config()).config.param.threshold == kept
+
+
 def test_an_opinion_may_be_learned_from_training_images(data, trained, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(trained, tmp_path / "c")
     monkeypatch.setattr("confidence.N_STEPS", 20)
     monkeypatch.setattr(tune, "form_opinion", lambda cases, config: None)
     taught = []
 
-    def learn_and_tell(features, ious):
+    def learn_and_tell(features, ious, seed):
         taught.append(len(ious))
-        return learn(features, ious)
+        return learn(features, ious, seed)
 
-    monkeypatch.setattr(tune, "learn", learn_and_tell)
-    monkeypatch.setattr(tune, "judge", lambda case, config, opinion: 1.0)
+    monkeypatch.setattr("tuning.learn", learn_and_tell)
+    monkeypatch.setattr("tuning.judge", lambda case, config, opinion: 1.0)
     command = ["--data", str(data), "--checkpoint-dir", str(folder)]
     config = load_config()
     n_training = len(recall_side(data, config, load_checkpoint(folder / "best.pkl")["config"], "train"))

@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage as ndi
 
 from config import Config, load_config
-from tuning import WINDOW, WITH_OPINION, Case, Tuner, form_opinion, judge, strangers
+from tuning import WINDOW, WITH_OPINION, Case, Lesson, Tuner, form_from_lessons, form_opinion, judge, strangers
 
 SHAPE = (64, 80)
 SMALL = {"param.threshold": (0.3, 0.4, 0.5, 0.6, 0.7), "post.min_object_size": (0, 12, 30)}
@@ -177,13 +177,28 @@ def test_a_second_opinion_is_judged_on_what_it_has_not_seen(monkeypatch):
 def test_each_image_is_judged_by_an_opinion_of_strangers(monkeypatch):
     cases = [case(0.5, kind, seed) for kind in ("one", "two", "three") for seed in range(2)]
     number = {id(one): i for i, one in enumerate(cases)}
-    monkeypatch.setattr("tuning.examine", lambda case, config: (np.array([number[id(case)]]), np.array([0.5])))
+    monkeypatch.setattr("tuning.examine", lambda one, _: Lesson(one.kind, np.array([number[id(one)]]), np.array([0.5])))
     monkeypatch.setattr("tuning.learn", lambda features, ious, seed: {int(x[0]) for x in features})
     judged = {}
     monkeypatch.setattr("tuning.judge", lambda case, config, opinion: judged.update({number[id(case)]: opinion}) or 0)
     formed = form_opinion(cases, settings())
     assert formed is not None and formed[0] == set(range(6))
     assert judged == {i: set(range(6)) - {i - i % 2, i - i % 2 + 1} for i in range(6)}
+
+
+def test_what_other_images_teach_is_judged_on_kinds_that_they_are_not_of(monkeypatch):
+    kinds = ("one", "two", "two", "strange")
+    lessons = [Lesson(kind, np.array([i]), np.array([0.5])) for i, kind in enumerate(kinds[:3])]
+    cases = [case(0.5, kind) for kind in kinds]
+    monkeypatch.setattr("tuning.learn", lambda features, ious, seed: {int(x[0]) for x in features})
+    judged = []
+    monkeypatch.setattr("tuning.judge", lambda case, config, opinion: judged.append(opinion) or len(opinion))
+    assert form_from_lessons(lessons, cases, settings())[0] == {0, 1, 2}
+    assert judged == [{1, 2}, {0}, {0}, {0, 1, 2}]
+    judged.clear()
+    form_from_lessons(lessons[1:], cases[1:2], settings())
+    assert judged == [{1, 2}]  # there is no other kind
+    assert form_from_lessons([Lesson("one", np.zeros((0, 1)), np.zeros(0))], cases, settings()) is None
 
 
 def test_there_is_no_opinion_without_strangers_or_without_candidates():
