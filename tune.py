@@ -165,7 +165,8 @@ def study(segmenter: Segmenter, config: Config, records: Sequence[Record]) -> li
 def form_opinions(
     cases: Sequence[Case], lessons: Sequence[Lesson], config: Config
 ) -> dict[str, tuple[Opinion, NDArray[np.float64]]]:
-    """Title -> a second opinion, and the scores of the cases by one that has seen no image of their kinds."""
+    """Title -> a second opinion, and the scores of the cases by one that has seen neither them nor their kin, nor
+    their kinds where there are several."""
     asked, formed = config.suggest(WITH_OPINION), {}
     if (of_others := form_opinion(cases, asked)) is not None:
         formed["opinion of others"] = of_others

@@ -280,14 +280,14 @@ def form_opinion(cases: Sequence[Case], config: Config, seed: int = 1) -> tuple[
     known = [examine(case, config) for case in cases]
     parts = strangers(cases, seed)
     scores = np.full(len(cases), np.nan)
-
     for mine, others in parts:
         opinion = _learn([lesson for lesson, wanted in zip(known, others, strict=True) if wanted], seed)
         if opinion is None:
             return None
         scores[mine] = [judge(case, config, opinion) for case, its in zip(cases, mine, strict=True) if its]
-    opinion = _learn(known, seed)
-    return None if opinion is None or np.isnan(scores).any() else (opinion, scores)
+    if np.isnan(scores).any() or (opinion := _learn(known, seed)) is None:
+        return None
+    return opinion, scores
 
 
 def form_from_lessons(
@@ -300,9 +300,9 @@ def form_from_lessons(
         return None
     of_others = {
         kind: _learn([lesson for lesson in lessons if lesson.kind != kind], seed) or everything
-        for kind in {case.kind for case in cases}
+        for kind in {case.kind for case in cases} & {lesson.kind for lesson in lessons}
     }
-    return everything, np.array([judge(case, config, of_others[case.kind]) for case in cases])
+    return everything, np.array([judge(case, config, of_others.get(case.kind, everything)) for case in cases])
 
 
 def _learn(lessons: Sequence[Lesson], seed: int) -> Opinion | None:
